@@ -1,0 +1,380 @@
+"""A loss as a pure function of (inner, outer) tensors, and its second-order products.
+
+Everything above this layer (solvers, estimators, the check, the engine) sees an :class:`Objective`: something that
+can be evaluated at tensors of its caller's choice, any number of times, with the same random numbers and without side
+effects.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.errors import LossError, NonFiniteError
+from bilevel.randomness import Replay
+from bilevel.vector import Tensors
+
+__all__ = [
+    "Evaluate",
+    "FunctionObjective",
+    "GradientGraph",
+    "ModuleObjective",
+    "Objective",
+    "ParameterSlots",
+    "PassCount",
+    "buffers_protected",
+    "dense_gradient",
+    "gradient",
+    "independent",
+    "leaves",
+    "require_finite",
+    "scalar_loss",
+    "second_derivative_errors",
+]
+
+T = TypeVar("T")
+Evaluate = Callable[[], Tensor]
+Reduce = Callable[[Tensors], Tensors]
+
+
+@dataclass
+class PassCount:
+    """Passes taken: the cost model of everything here. A Hessian or mixed product is one backward pass."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def copy(self) -> PassCount:
+        """Returns a snapshot."""
+        return PassCount(self.forward, self.backward)
+
+    def since(self, earlier: PassCount) -> tuple[int, int]:
+        """Returns the (forward, backward) passes taken since a snapshot."""
+        return self.forward - earlier.forward, self.backward - earlier.backward
+
+
+class Objective(ABC):
+    """A loss ``f(inner, outer)``.
+
+    Args:
+        name: Whose loss it is, for messages.
+        replay: Makes all passes draw the same random numbers.
+        passes: Where passes are counted.
+        reduce: Applied to every gradient and product: the mean over data-parallel ranks, or nothing.
+    """
+
+    def __init__(self, name: str, replay: Replay, passes: PassCount, reduce: Reduce | None = None) -> None:
+        self.name = name
+        self.replay = replay
+        self.passes = passes
+        self.reduce: Reduce = reduce or (lambda tensors: tensors)
+
+    @abstractmethod
+    def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
+        """Returns ``body(evaluate)`` where ``evaluate()`` is the loss at ``inner``, ``outer``.
+
+        Backward passes belong into ``body`` too: activation checkpointing recomputes the forward pass with whatever
+        parameters are in place at that moment.
+        """
+
+    def _evaluate(self, loss: Callable[[], object]) -> Tensor:
+        devices = {"cpu", *(device for device in ("cuda", "xpu", "mps") if torch.is_autocast_enabled(device))}
+        with ExitStack() as stack:
+            for device in devices:  # products and solves stay in full precision, whatever autocast does elsewhere
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(self.replay())
+            stack.enter_context(torch.enable_grad())
+            value = scalar_loss(loss(), self.name)
+        self.passes.forward += 1
+        return value
+
+
+class FunctionObjective(Objective):
+    """An objective made of a function of two flat tuples of tensors."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensors, Tensors], object],
+        name: str,
+        replay: Replay,
+        passes: PassCount,
+        reduce: Reduce | None = None,
+    ) -> None:
+        super().__init__(name, replay, passes, reduce)
+        self._function = function
+
+    def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
+        """See :meth:`Objective.within`."""
+        return body(lambda: self._evaluate(lambda: self._function(inner, outer)))
+
+
+class ParameterSlots:
+    """Where in a set of modules every parameter and buffer is held, each module visited once.
+
+    ``torch.func.functional_call`` on one root would do as well where no two problems share modules; with a module (or a
+    part of one) held by two problems it sees the same slot under two names and restores the wrong tensor. Slots are
+    keyed by the parameter itself, so tied and shared parameters are swapped everywhere at once, and nothing is walked
+    per pass.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        unique = {id(part): part for module in modules for part in module.modules()}.values()
+        self._parameters: dict[int, list[tuple[nn.Module, str]]] = {}
+        for part in unique:
+            for name, parameter in _parameters(part).items():
+                if parameter is not None:
+                    self._parameters.setdefault(id(parameter), []).append((part, name))
+        self._with_buffers = tuple(part for part in unique if part._buffers)
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether some module holds this parameter."""
+        return id(parameter) in self._parameters
+
+    @contextmanager
+    def swapped(self, live: Sequence[Tensor], given: Sequence[Tensor]) -> Iterator[None]:
+        """Puts ``given`` in the places of ``live`` parameters; a tensor that is its live parameter costs nothing."""
+        moved: list[tuple[nn.Module, str, Tensor]] = []
+        try:
+            for parameter, tensor in zip(live, given, strict=True):
+                if tensor is parameter:
+                    continue
+                for module, name in self._parameters[id(parameter)]:
+                    moved.append((module, name, parameter))
+                    _parameters(module)[name] = tensor
+            yield
+        finally:
+            for module, name, parameter in moved:
+                _parameters(module)[name] = parameter
+
+    @contextmanager
+    def buffers_protected(self) -> Iterator[None]:
+        """Lets the body work on copies of all buffers (batch-norm statistics), and drops the copies."""
+        with buffers_protected(self._with_buffers):
+            yield
+
+
+def _parameters(module: nn.Module) -> dict[str, Any]:
+    """The module's own table: ``functional_call`` writes plain tensors there too."""
+    return module._parameters
+
+
+@contextmanager
+def buffers_protected(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Lets the body work on copies of the modules' own buffers, and drops the copies."""
+    kept = [(module, dict(module._buffers)) for module in modules if module._buffers]
+    try:
+        for module, buffers in kept:
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
+
+
+class ModuleObjective(Objective):
+    """An objective whose parameters live in modules.
+
+    Args:
+        loss: The loss with its batch bound; it reads parameters from the modules.
+        slots: Where the modules hold their parameters.
+        live_inner: The inner variables as the modules hold them.
+        live_outer: The outer variables, likewise.
+        name: See :class:`Objective`.
+        replay: See :class:`Objective`.
+        passes: See :class:`Objective`.
+        reduce: See :class:`Objective`.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[], object],
+        slots: ParameterSlots,
+        live_inner: Tensors,
+        live_outer: Tensors,
+        name: str,
+        replay: Replay,
+        passes: PassCount,
+        reduce: Reduce | None = None,
+    ) -> None:
+        super().__init__(name, replay, passes, reduce)
+        self._loss = loss
+        self._slots = slots
+        self._live_inner = live_inner
+        self._live_outer = live_outer
+
+    def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
+        """See :meth:`Objective.within`. Only tensors that differ from the live parameters are swapped."""
+        with (
+            self._slots.buffers_protected(),
+            self._slots.swapped(self._live_inner + self._live_outer, inner + outer),
+        ):
+            return body(lambda: self._evaluate(self._loss))
+
+
+class GradientGraph:
+    """The gradient ``g = ∂f/∂w`` at one point with its graph retained, for any number of products.
+
+    Set-up costs one forward and one backward pass; a product then costs about one backward pass of ``g``, where a fresh
+    graph would cost two and forward-over-reverse three. Products are *transposed* Jacobian products, ``(∂g/∂w)ᵀ q`` and
+    ``(∂g/∂λ)ᵀ q``: what the adjoint system asks for even where a stop-gradient in the loss makes ``g`` no gradient.
+
+    Inner variables that do not reach the loss are inactive: the inner problem does not move them, so their response is
+    zero, and they are left out of every product. Use only inside :meth:`Objective.within`.
+
+    Args:
+        objective: Whose gradient.
+        evaluate: What ``within`` passes to its body.
+        inner: The inner variables, leaves that require gradients.
+        outer: The outer variables, likewise.
+
+    Attributes:
+        value: The loss.
+        active: Which inner variables reach the loss.
+        gradient: ``g`` over the active variables.
+
+    Raises:
+        LossError: No inner variable reaches the loss.
+        NonFiniteError: The loss is NaN or infinite.
+    """
+
+    def __init__(self, objective: Objective, evaluate: Evaluate, inner: Tensors, outer: Tensors) -> None:
+        self._objective = objective
+        self._outer = outer
+        value = evaluate()
+        require_finite(value, objective.name)
+        grads = gradient(value, inner, objective, create_graph=True)
+        self.value = value.detach()
+        self.active = tuple(grad is not None for grad in grads)
+        if not any(self.active):
+            raise independent(objective.name)
+        self._inner = self.select(inner)
+        self.gradient: Tensors = tuple(grad for grad in grads if grad is not None)
+
+    def select(self, vector: Sequence[Tensor]) -> Tensors:
+        """Returns the active parts of a vector over all inner variables."""
+        return tuple(part for part, active in zip(vector, self.active, strict=True) if active)
+
+    def hessian(self, q: Tensors) -> Tensors:
+        """Returns ``(∂g/∂w)ᵀ q`` over the active variables (the Hessian product, where ``g`` is a gradient)."""
+        return self._pull(q, self._inner, retain=True)
+
+    def mixed(self, q: Tensors) -> Tensors:
+        """Returns ``(∂g/∂λ)ᵀ q`` and frees the graph."""
+        return self._pull(q, self._outer, retain=False)
+
+    def hessian_and_mixed(self, q: Tensors) -> tuple[Tensors, Tensors]:
+        """Returns both products in one backward pass, and frees the graph: the true residual comes with the answer."""
+        both = self._pull(q, self._inner + self._outer, retain=False)
+        return both[: len(self._inner)], both[len(self._inner) :]
+
+    def _pull(self, q: Tensors, inputs: Tensors, *, retain: bool) -> Tensors:
+        pairs = [(g, part.to(g.dtype)) for g, part in zip(self.gradient, q, strict=True) if g.requires_grad]
+        if not pairs or not inputs:  # f is linear in w with constant coefficients: all second derivatives vanish
+            return tuple(torch.zeros_like(part) for part in inputs)
+        outputs, cotangents = zip(*pairs, strict=True)
+        with second_derivative_errors(self._objective.name):
+            grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain, allow_unused=True)
+        self._objective.passes.backward += 1
+        return self._objective.reduce(dense_gradient(grads, inputs))
+
+
+def gradient(
+    value: Tensor, inputs: Tensors, objective: Objective, *, create_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradient of a loss, None for an input that does not reach it; counts one backward pass.
+
+    With ``create_graph`` the graph of the gradient is kept, and gradients are not reduced over ranks (their products
+    are).
+    """
+    if not inputs:
+        return ()
+    if not value.requires_grad:
+        return (None,) * len(inputs)
+    grads: tuple[Tensor | None, ...]
+    with second_derivative_errors(objective.name):
+        grads = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+    objective.passes.backward += 1
+    if create_graph:
+        return grads
+    present = iter(objective.reduce(tuple(grad for grad in grads if grad is not None)))
+    return tuple(None if grad is None else next(present) for grad in grads)
+
+
+def scalar_loss(value: object, name: str) -> Tensor:
+    """Returns a loss as a zero-dimensional tensor.
+
+    Raises:
+        LossError: It is no tensor, or has more than one element, or is not real floating point.
+    """
+    if not isinstance(value, Tensor):
+        raise LossError(f"the loss of {name} must be a scalar tensor; it is a {type(value).__name__}")
+    if value.numel() != 1:
+        raise LossError(
+            f"the loss of {name} must be a scalar; it has shape {tuple(value.shape)}. Reduce it with .mean() or .sum()."
+        )
+    if not value.dtype.is_floating_point:
+        raise LossError(f"the loss of {name} must be real floating point; it has dtype {value.dtype}")
+    return value.reshape(())
+
+
+def independent(name: str) -> LossError:
+    """Returns the error for a loss that no inner parameter reaches."""
+    return LossError(
+        f"the loss of {name} does not depend on its inner parameters: nothing to differentiate through. "
+        "Check for a detach() or no_grad() between the parameters and the loss."
+    )
+
+
+def require_finite(value: Tensor, name: str) -> None:
+    """Raises :class:`~bilevel.errors.NonFiniteError` for a loss that is NaN or infinite."""
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise NonFiniteError(f"the loss of {name} is {number}, where a finite number was expected")
+
+
+def dense_gradient(grads: Sequence[Tensor | None], inputs: Tensors) -> Tensors:
+    """Returns the gradients with zeros in the places of inputs that do not reach the loss."""
+    return tuple(torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True))
+
+
+def leaves(tensors: Sequence[Tensor]) -> Tensors:
+    """Returns the tensors as new leaves that require gradients, sharing their storage."""
+    return tuple(part.detach().requires_grad_() for part in tensors)
+
+
+@contextmanager
+def second_derivative_errors(name: str) -> Iterator[None]:
+    """Names the operation that has no second derivative, and the way out."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        for sign, reason in _NO_SECOND_DERIVATIVE.items():
+            if sign in text:
+                raise LossError(
+                    f"the loss of {name} cannot be differentiated twice: {reason} ({text.splitlines()[0]}). Use "
+                    "method 'finite_difference', which needs first derivatives only, or replace the operation "
+                    "(for attention: the math back end, torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or eager "
+                    "attention)."
+                ) from error
+        raise
+
+
+_NO_SECOND_DERIVATIVE: Mapping[str, str] = {
+    "derivative for aten::": "an operation has no second derivative",
+    "derivative for '": "an operation has no second derivative",
+    "once_differentiable": "a custom function is differentiable once only",
+    "does not currently support double backward": "compiled graphs have no second derivative",
+    "Checkpointing is not compatible with .grad()": "reentrant checkpointing; use use_reentrant=False",
+    "When use_reentrant=True, torch.utils.checkpoint is incompatible": "reentrant checkpointing; use "
+    "use_reentrant=False",
+}

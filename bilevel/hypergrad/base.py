@@ -1,0 +1,119 @@
+"""The one operation of every estimator: a best-response vector–Jacobian product."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from bilevel.functional import Objective
+from bilevel.optim import Update
+from bilevel.result import SolveInfo
+from bilevel.vector import Tensors
+
+__all__ = ["Estimator", "InnerProblem", "InnerStep", "Pullback", "Response", "State"]
+
+State = Mapping[str, Tensors]
+"""What an estimator keeps across outer steps: named tuples of tensors, passed in and out, never hidden."""
+
+
+@dataclass(frozen=True)
+class InnerStep:
+    """One update that an inner problem made: what is needed to make it again.
+
+    Attributes:
+        objective: The inner loss on the batch and with the random numbers of that step.
+        inner: The inner parameters before the step (copies).
+        memory: The optimiser's state tensors before the step (copies).
+        update: The optimiser's update as a differentiable function.
+    """
+
+    objective: Objective
+    inner: Tensors
+    memory: Tensors
+    update: Update
+
+
+@dataclass(frozen=True)
+class InnerProblem:
+    """An inner problem at its current point, as estimators see it.
+
+    Attributes:
+        objective: The inner loss ``f(w, λ)``.
+        inner: ``w``, leaves that require gradients.
+        outer: ``λ``, likewise: the parameters of all problems above that reach the loss.
+        trajectory: The updates that led to ``inner``, oldest first; empty where they were not recorded.
+    """
+
+    objective: Objective
+    inner: Tensors
+    outer: Tensors
+    trajectory: Sequence[InnerStep] = ()
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """``vᵀ dw*/dλ`` and its report.
+
+    Attributes:
+        value: One tensor for each outer parameter.
+        info: Report.
+        state: To be passed to the next call.
+    """
+
+    value: Tensors
+    info: SolveInfo
+    state: State = field(default_factory=dict)
+
+
+class Response(ABC):
+    """A best response ``λ ↦ w*(λ)`` at one point.
+
+    Attributes:
+        point: The inner parameters at which the outer loss, and so the cotangent, is to be taken.
+    """
+
+    point: Tensors
+
+    @abstractmethod
+    def pullback(self, cotangent: Tensors, state: State) -> Pullback:
+        """Returns ``cotangentᵀ dw*/dλ``. May be called once."""
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """A way to differentiate through an inner problem: an immutable, validated dataclass that is its own configuration.
+
+    A subclass declares its fields and :meth:`respond`; it is abstract or final. To make it selectable by name,
+    decorate nothing: add it to the entry-point group ``bilevel.methods`` (name → class).
+    """
+
+    name: ClassVar[str]
+    """Name under which configuration selects the method."""
+    summary: ClassVar[str]
+    """One line: what it computes."""
+    cost: ClassVar[str]
+    """Passes over the inner loss for one product, beyond the outer loss's own forward and backward pass."""
+    needs: ClassVar[str]
+    """What must hold or exist."""
+    needs_double_backward: ClassVar[bool] = True
+    """Whether the inner loss must be twice differentiable by autograd."""
+    needs_trajectory: ClassVar[bool] = False
+    """Whether the inner problem's updates must be recorded."""
+
+    @abstractmethod
+    def respond(self, problem: InnerProblem) -> Response:
+        """Returns the best response of a problem, ready for its pullback."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the configuration: ``{"method": name, field: value, …}``."""
+        return {"method": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+
+def negative(tensors: Sequence[Tensor]) -> Tensors:
+    """Returns ``−x``: the sign of the implicit function theorem."""
+    return tuple(-part for part in tensors)

@@ -1,0 +1,48 @@
+"""Implicit differentiation with the dense Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bilevel.hypergrad.base import State
+from bilevel.hypergrad.implicit import Implicit
+from bilevel.linear import Operator, Solution, damped, dense
+from bilevel.validation import check_number
+from bilevel.vector import Tensors
+
+__all__ = ["Exact"]
+
+
+@dataclass(frozen=True)
+class Exact(Implicit):
+    """Forms the dense ``H + δI``, one product a column, and solves in float64: the reference for all other methods.
+
+    The Jacobian of the inner gradient need not be symmetric. An indefinite or singular one is solved (least squares
+    where singular) and reported.
+
+    Attributes:
+        damping: δ ≥ 0.
+
+    Cost: 1 forward and 1 backward pass with graph, n + 1 products for n inner variables; O(n²) memory, O(n³)
+        operations.
+    """
+
+    damping: float = 0.0
+
+    name: ClassVar[str] = "exact"
+    summary: ClassVar[str] = "dense inner Hessian, solved directly"
+    cost: ClassVar[str] = "1 forward, 1 backward with graph, n + 1 products, O(n³) operations"
+    needs: ClassVar[str] = "double backward; few inner parameters (n up to a few thousand)"
+
+    def __post_init__(self) -> None:
+        """Validates the fields."""
+        check_number("Exact", "damping", self.damping, minimum=0.0)
+
+    def regularisation(self) -> float:
+        """See :meth:`Implicit.regularisation`."""
+        return self.damping
+
+    def solve(self, operator: Operator, v: Tensors, state: State, epsilon: float) -> tuple[Solution, State]:
+        """See :meth:`Implicit.solve`."""
+        return dense(damped(operator, self.damping), v, epsilon=epsilon), state
