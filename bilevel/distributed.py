@@ -1,0 +1,39 @@
+"""Data parallelism: every rank holds all parameters and its share of each batch."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from bilevel.functional import Reduce
+from bilevel.vector import Tensors
+
+__all__ = ["rank", "reducer"]
+
+
+def rank() -> int:
+    """Returns this process's rank; 0 without torch.distributed."""
+    return dist.get_rank() if _initialised() else 0
+
+
+def reducer() -> Reduce:
+    """Returns the mean over ranks of a tuple of tensors, or the identity for a single process.
+
+    Gradients and second-order products are linear in the loss, so that the mean of per-rank ones is that of the
+    global batch where ranks hold equally many examples.
+    """
+    if not _initialised() or dist.get_world_size() == 1:
+        return lambda tensors: tensors
+    return _mean
+
+
+def _mean(tensors: Tensors) -> Tensors:
+    size = dist.get_world_size()
+    reduced = [tensor.detach().clone() for tensor in tensors]
+    for tensor in reduced:
+        dist.all_reduce(tensor)
+        tensor.div_(size)
+    return tuple(reduced)
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,278 @@
+"""One level of a nested problem, as users declare it."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from bilevel.errors import ConfigError, LossError, ParameterError, unknown_name
+from bilevel.functional import scalar_loss
+from bilevel.hooks import check_hooks
+from bilevel.hypergrad import Estimator, as_estimator
+from bilevel.validation import check_integer, check_number
+from bilevel.vector import Tensors
+
+if TYPE_CHECKING:
+    from bilevel.result import StepResult
+
+__all__ = ["Problem", "select_parameters"]
+
+ParameterSelection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+
+
+class Problem(ABC):
+    """One level: a module, a loss, and how its parameters are updated.
+
+    Subclass it and write :meth:`loss`. Inside, other problems of the same engine are attributes by their names, and
+    calling a problem calls its module::
+
+        class Cleaner(Problem):                       # its name is "cleaner"
+            def loss(self, batch):
+                x, y = batch
+                return F.cross_entropy(self.classifier(x), y)     # the problem named "classifier"
+
+    A problem owns the parameters that its optimiser holds. Only these are differentiated, perturbed or stepped.
+
+    Args:
+        module: What holds the parameters. Several problems may share one module and own disjoint parts of it.
+        optimizer: A torch optimiser, or a callable that makes one from a list of parameters; None for a problem that is
+            differentiated but never stepped.
+        data: A ``DataLoader`` or another iterable of batches; None if batches come from outside or are not needed.
+        scheduler: A torch learning-rate scheduler, or a callable that makes one from the optimiser; stepped once an
+            update.
+        params: Which of the module's trainable parameters to own, where ``optimizer`` is a callable or None: glob
+            patterns over their names (``"*.lora_A.*"``), or a predicate ``(name, parameter) -> bool``. All of them by
+            default.
+        steps: Updates of this problem for each update of the problem above.
+        hypergradient: How problems above differentiate through this one: an estimator, its name or a mapping. The
+            engine's by default.
+        name: Name in the engine; the class name in snake case by default.
+        max_grad_norm: Clips the gradient's norm before an update.
+
+    Raises:
+        ConfigError: A value that makes no sense.
+        ParameterError: An optimiser that holds parameters which the module does not, or none that can be trained.
+        UnknownNameError: A pattern that matches no trainable parameter, or a misspelt hook.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        optimizer: Optimizer | Callable[[Any], Optimizer] | None = None,
+        data: Iterable[Any] | None = None,
+        scheduler: LRScheduler | Callable[[Any], LRScheduler] | None = None,
+        params: ParameterSelection | None = None,
+        steps: int = 1,
+        hypergradient: Estimator | str | Mapping[str, Any] | None = None,
+        name: str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise ParameterError(
+                f"{type(self).__name__}: module must be an nn.Module, not {type(module).__name__}. "
+                "Wrap loose parameters in nn.ParameterList or nn.ParameterDict."
+            )
+        self.name = name or _snake_case(type(self).__name__)
+        if not self.name.isidentifier() or hasattr(type(self), self.name):
+            raise ConfigError(
+                f"{self.name!r} cannot name a problem: an identifier that is no attribute of Problem is needed"
+            )
+        check_integer(self.name, "steps", steps, minimum=1)
+        if max_grad_norm is not None:
+            check_number(self.name, "max_grad_norm", max_grad_norm, minimum=0.0, exclusive=True)
+        self.module = module
+        self.data = data
+        self.steps = steps
+        self.max_grad_norm = max_grad_norm
+        self.hypergradient = None if hypergradient is None else as_estimator(hypergradient)
+        self.optimizer, named = _optimizer_and_parameters(self.name, module, optimizer, params)
+        self.parameter_names: tuple[str, ...] = tuple(named)
+        self.parameters: Tensors = tuple(named.values())
+        self.scheduler = _scheduler(self.name, scheduler, self.optimizer)
+        self._siblings: Mapping[str, Problem] = {}
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Refuses misspelt hooks when the class is defined."""
+        super().__init_subclass__(**arguments)
+        check_hooks(cls, Problem)
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
+        """Returns the loss on a batch: a scalar tensor, or a mapping with ``"loss"`` and further metrics.
+
+        Parameters must be read from modules (``self(x)``, ``self.module.weight``, ``self.other(x)``) at each call,
+        never from variables that were bound to the parameter objects earlier: hypergradients evaluate the loss at
+        other values.
+        """
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Returns validation metrics; called by ``Engine.evaluate`` without gradients. Nothing by default."""
+        return {}
+
+    def on_run_start(self, steps: int) -> None:  # noqa: B027 (a hook: empty on purpose)
+        """Called when ``Engine.run`` starts, with the number of outer steps to take."""
+
+    def on_step_start(self) -> None:  # noqa: B027 (a hook: empty on purpose)
+        """Called before every outer step."""
+
+    def on_step_end(self, result: StepResult) -> None:  # noqa: B027 (a hook: empty on purpose)
+        """Called after every outer step."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module."""
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns another problem of the same engine by its name."""
+        siblings: Mapping[str, Problem] = self.__dict__.get("_siblings", {})
+        if name in siblings:
+            return siblings[name]
+        known = ", ".join(siblings) or "none: the problem is in no engine yet"
+        raise AttributeError(
+            f"{type(self).__name__!r} has no attribute {name!r} and no problem has this name (problems: {known})"
+        )
+
+    def __repr__(self) -> str:
+        """Names the problem and what it owns."""
+        size = sum(p.numel() for p in self.parameters)
+        owned = f"tensors={len(self.parameters)}, parameters={size}"
+        return f"{type(self).__name__}(name={self.name!r}, {owned}, steps={self.steps})"
+
+    def attach(self, siblings: Mapping[str, Problem]) -> None:
+        """Makes the engine's problems reachable by name."""
+        self._siblings = siblings
+
+    def evaluate_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Returns the checked scalar loss and the other metrics."""
+        result = self.loss(batch)
+        if not isinstance(result, Mapping):
+            return scalar_loss(result, f"problem {self.name!r}"), {}
+        if "loss" not in result:
+            raise LossError(
+                f"loss() of problem {self.name!r} returned a mapping without 'loss'; it has: "
+                f"{', '.join(map(str, result)) or 'nothing'}"
+            )
+        metrics = {str(key): value for key, value in result.items() if key != "loss"}
+        return scalar_loss(result["loss"], f"problem {self.name!r}"), metrics
+
+    def update(self, gradients: Sequence[Tensor], loss: float) -> None:
+        """Makes one update of the owned parameters with the given gradients."""
+        if self.optimizer is None:
+            raise ConfigError(f"problem {self.name!r} has no optimizer and cannot be stepped: pass optimizer=")
+        for parameter, grad in zip(self.parameters, gradients, strict=True):
+            parameter.grad = grad.detach().to(parameter.dtype)
+        try:
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            self.optimizer.step()
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(loss)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+
+def select_parameters(name: str, module: nn.Module, selection: ParameterSelection | None) -> dict[str, nn.Parameter]:
+    """Returns the module's trainable parameters that a selection names.
+
+    Raises:
+        UnknownNameError: A pattern that matches no trainable parameter.
+        ParameterError: No trainable parameter at all.
+    """
+    trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
+    if selection is None:
+        chosen = trainable
+    elif callable(selection):
+        chosen = {key: p for key, p in trainable.items() if selection(key, p)}
+    else:
+        patterns = [selection] if isinstance(selection, str) else list(selection)
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(key, pattern) for key in trainable):
+                frozen = [key for key, _ in module.named_parameters() if fnmatch.fnmatchcase(key, pattern)]
+                note = f" ({len(frozen)} frozen ones match, such as {frozen[0]!r})" if frozen else ""
+                raise unknown_name(f"parameter pattern of problem {name!r}{note}:", pattern, trainable)
+        chosen = {
+            key: p for key, p in trainable.items() if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+        }
+    if not chosen:
+        raise ParameterError(
+            f"problem {name!r} owns no trainable parameter: of {len(trainable)} in its module the selection took none. "
+            "Check params= and requires_grad."
+        )
+    return chosen
+
+
+def _optimizer_and_parameters(
+    name: str,
+    module: nn.Module,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None,
+    selection: ParameterSelection | None,
+) -> tuple[Optimizer | None, dict[str, Tensor]]:
+    if not isinstance(optimizer, Optimizer):
+        chosen: dict[str, Tensor] = dict(select_parameters(name, module, selection))
+        if optimizer is None:
+            return None, chosen
+        if not callable(optimizer):
+            raise ConfigError(
+                f"optimizer of problem {name!r} must be a torch optimizer or a callable that makes one from a list of "
+                "parameters, "
+                f"not {type(optimizer).__name__}"
+            )
+        made = optimizer(list(chosen.values()))
+        if not isinstance(made, Optimizer):
+            raise ConfigError(
+                f"optimizer of problem {name!r}: the callable returned a {type(made).__name__}, not a torch optimizer"
+            )
+        optimizer = made
+    elif selection is not None:
+        raise ConfigError(
+            f"problem {name!r} has both params= and a ready optimizer, which owns what it holds: drop params=, or pass "
+            "optimizer=lambda params: …"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            f"optimizer of problem {name!r}: LBFGS evaluates the loss by itself and cannot be driven by an engine"
+        )
+    names = {id(p): key for key, p in module.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    strange = [tuple(p.shape) for p in held if id(p) not in names]
+    if strange:
+        raise ParameterError(
+            f"the optimizer of problem {name!r} holds {len(strange)} parameters that its module does not have (shapes "
+            f"{strange[:3]}). "
+            "Make the optimizer from module.parameters()."
+        )
+    owned: dict[str, Tensor] = {names[id(p)]: p for p in held if p.requires_grad}
+    if not owned:
+        raise ParameterError(f"the optimizer of problem {name!r} holds no parameter that requires gradients")
+    return optimizer, owned
+
+
+def _scheduler(
+    name: str, scheduler: LRScheduler | Callable[[Any], LRScheduler] | None, optimizer: Optimizer | None
+) -> LRScheduler | None:
+    if scheduler is None:
+        return None
+    if optimizer is None:
+        raise ConfigError(f"problem {name!r} has a scheduler but no optimizer")
+    made = scheduler if isinstance(scheduler, LRScheduler) else scheduler(optimizer)
+    if not isinstance(made, LRScheduler):
+        raise ConfigError(
+            f"scheduler of problem {name!r} must be a torch scheduler or make one, not {type(made).__name__}"
+        )
+    return made
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

@@ -1,0 +1,203 @@
+"""The gradient of an outer problem through the problems below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.functional import ModuleObjective, ParameterSlots, PassCount, Reduce, dense_gradient, require_finite
+from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, State
+from bilevel.optim import Update
+from bilevel.problems.base import Problem
+from bilevel.problems.graph import Dependencies
+from bilevel.randomness import Replay, States, generator_devices
+from bilevel.result import SolveInfo
+from bilevel.vector import Tensors, add
+
+__all__ = ["Differentiator", "InnerRecord", "LossGradient", "RecordedUpdate"]
+
+
+@dataclass(frozen=True)
+class RecordedUpdate:
+    """One inner update: see :class:`~bilevel.hypergrad.InnerStep`, with the loss as its batch and generator states."""
+
+    batch: Any
+    generators: States
+    inner: Tensors
+    memory: Tensors
+    update: Update
+
+
+@dataclass
+class InnerRecord:
+    """What is kept of an inner problem's updates until the problem above is updated.
+
+    Attributes:
+        batches: The batches on which the hypergradient takes the inner loss, averaged.
+        generators: Generator states to replay; None to draw live.
+        trajectory: The updates, where the method needs them.
+    """
+
+    batches: Sequence[Any]
+    generators: States | None = None
+    trajectory: list[RecordedUpdate] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """A loss and its (total) derivative with respect to its problem's own parameters.
+
+    Attributes:
+        value: The loss, detached.
+        metrics: Other values that the loss returned.
+        gradient: The total derivative.
+        direct: The derivative at fixed inner parameters.
+        solves: Reports by inner problem.
+        states: New estimator states by inner problem.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Any]
+    gradient: Tensors
+    direct: Tensors
+    solves: Mapping[str, SolveInfo] = field(default_factory=dict)
+    states: Mapping[str, State] = field(default_factory=dict)
+
+
+class Differentiator:
+    """Differentiates problems' losses: plain gradients for inner problems, hypergradients for outer ones.
+
+    Args:
+        problems: By name, top level first.
+        slots: Where their modules hold parameters.
+        passes: Where passes are counted.
+        reduce: The mean over data-parallel ranks, or nothing.
+        autocast: Makes the context for training passes.
+    """
+
+    def __init__(
+        self,
+        problems: Mapping[str, Problem],
+        slots: ParameterSlots,
+        passes: PassCount,
+        reduce: Reduce,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._problems = problems
+        self._slots = slots
+        self._passes = passes
+        self._reduce = reduce
+        self._autocast = autocast
+        self.devices = generator_devices(p for problem in problems.values() for p in problem.parameters)
+
+    def plain(self, problem: Problem, batch: Any) -> LossGradient:
+        """Returns the loss and gradient of an inner problem: 1 forward and 1 backward pass."""
+        value, metrics, grads = self._gradients(problem, batch, problem.parameters)
+        return LossGradient(value, metrics, grads, grads)
+
+    def total(
+        self,
+        problem: Problem,
+        batch: Any,
+        dependencies: Dependencies,
+        records: Mapping[str, InnerRecord],
+        estimators: Mapping[str, Estimator],
+        states: Mapping[str, State],
+        on_solve: Callable[[str, Callable[[Estimator], Pullback], Pullback], Pullback],
+    ) -> LossGradient:
+        """Returns the loss and hypergradient of an outer problem.
+
+        Cotangents are accumulated over the inner problems, each before those that it responds to, by one best-response
+        product a problem.
+
+        Args:
+            problem: The outer problem.
+            batch: Its batch.
+            dependencies: Who depends on whom.
+            records: What to take the inner losses on.
+            estimators: By inner problem.
+            states: Estimator states by inner problem.
+            on_solve: Sees every product, with a way to take it again by another method, and returns the one to use.
+        """
+        inner = [name for name in dependencies.inner if self._affects(name, problem.name, dependencies)]
+        names = [problem.name, *inner]
+        inputs = tuple(p for name in names for p in self._problems[name].parameters)
+        value, metrics, grads = self._gradients(problem, batch, inputs)
+        require_finite(value, f"problem {problem.name!r}")
+        cotangents = dict(zip(names, self._split(grads, names), strict=True))
+        direct = cotangents[problem.name]
+        solves: dict[str, SolveInfo] = {}
+        new_states: dict[str, State] = {}
+        for name in inner:
+            others = [other for other in dependencies.responds_to(name) if other in cotangents]
+            lower = self.inner_problem(name, others, records[name])
+            v = cotangents[name]
+
+            def pull(
+                estimator: Estimator, lower: InnerProblem = lower, v: Tensors = v, state: State | None = None
+            ) -> Pullback:
+                return estimator.respond(lower).pullback(v, state or {})
+
+            pulled = on_solve(name, pull, pull(estimators[name], state=states.get(name)))
+            solves[name], new_states[name] = pulled.info, pulled.state
+            for other, part in zip(others, self._split(pulled.value, others), strict=True):
+                cotangents[other] = add(cotangents[other], part)
+        return LossGradient(value, metrics, cotangents[problem.name], direct, solves, new_states)
+
+    def _affects(self, name: str, outer: str, dependencies: Dependencies) -> bool:
+        """Whether an inner problem responds to an outer one, directly or through other inner problems."""
+        seen, stack = set(), [name]
+        while stack:
+            current = stack.pop()
+            for other in dependencies.responds_to(current):
+                if other == outer:
+                    return True
+                if other in dependencies.inner and other not in seen:
+                    seen.add(other)
+                    stack.append(other)
+        return False
+
+    def inner_problem(self, name: str, others: Sequence[str], record: InnerRecord) -> InnerProblem:
+        """Returns an inner problem as estimators see it, responding to ``others``."""
+        problem = self._problems[name]
+        outer = tuple(p for other in others for p in self._problems[other].parameters)
+
+        def objective(batches: Sequence[Any], generators: States | None) -> ModuleObjective:
+            def loss() -> Tensor:
+                values = [problem.evaluate_loss(batch)[0] for batch in batches]
+                return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+            replay = Replay(self.devices, generators)
+            label = f"problem {name!r}"
+            return ModuleObjective(
+                loss, self._slots, problem.parameters, outer, label, replay, self._passes, self._reduce
+            )
+
+        trajectory = [
+            InnerStep(objective([step.batch], step.generators), step.inner, step.memory, step.update)
+            for step in record.trajectory
+        ]
+        return InnerProblem(objective(record.batches, record.generators), problem.parameters, outer, trajectory)
+
+    def _gradients(self, problem: Problem, batch: Any, inputs: Tensors) -> tuple[Tensor, dict[str, Any], Tensors]:
+        with torch.enable_grad(), self._autocast():
+            value, metrics = problem.evaluate_loss(batch)
+        self._passes.forward += 1
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
+        if value.requires_grad:
+            grads = torch.autograd.grad(value, inputs, allow_unused=True)
+            self._passes.backward += 1
+        return value.detach(), metrics, self._reduce(dense_gradient(grads, inputs))
+
+    def _split(self, flat: Tensors, names: Sequence[str]) -> list[Tensors]:
+        parts, start = [], 0
+        for name in names:
+            stop = start + len(self._problems[name].parameters)
+            parts.append(flat[start:stop])
+            start = stop
+        return parts

@@ -1,0 +1,68 @@
+"""The engine's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bilevel.errors import ConfigError
+from bilevel.hypergrad import Estimator
+from bilevel.validation import check_choice, check_integer
+
+__all__ = ["EngineConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an :class:`~bilevel.Engine` runs. Immutable; validated when made.
+
+    Attributes:
+        steps: Outer steps that ``run()`` takes.
+        seed: Seeds the order of the data; models are initialised by their makers.
+        hypergradient_batch: Inner batch on which the inner loss of a hypergradient is taken: ``"last"`` (that of the
+            last inner update, with its random numbers) or ``"fresh"`` (a new one).
+        num_hypergradient_batches: How many inner batches are averaged in a hypergradient; above 1 they are fresh.
+        on_solve_failure: ``"warn"``, ``"raise"``, or ``"fallback"`` to the method ``fallback``, where a solve
+            diverges or meets negative curvature.
+        fallback: The method for ``on_solve_failure="fallback"``.
+        on_non_finite: ``"raise"``, or ``"skip"`` the step and count it, where a loss or gradient is NaN or infinite.
+            No parameter changes either way.
+        precision: ``"float32"``, or ``"bfloat16"`` to run the training passes under autocast; hypergradient products
+            stay in float32.
+        restore_on_error: Keep a copy of parameters, buffers and optimiser states during a step, so that a refused or
+            failed step leaves the state before it. Costs one copy of the owned parameters and their optimiser state.
+        evaluate_every: Call the problems' ``evaluate()`` after every so many steps; 0 for never.
+        progress: Whether ``run()`` shows a progress bar.
+    """
+
+    steps: int = 1000
+    seed: int = 0
+    hypergradient_batch: str = "last"
+    num_hypergradient_batches: int = 1
+    on_solve_failure: str = "warn"
+    fallback: Estimator | None = None
+    on_non_finite: str = "raise"
+    precision: str = "float32"
+    restore_on_error: bool = True
+    evaluate_every: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Validates the fields, alone and together."""
+        check_integer("EngineConfig", "steps", self.steps, minimum=1)
+        check_integer("EngineConfig", "seed", self.seed, minimum=0)
+        check_integer("EngineConfig", "num_hypergradient_batches", self.num_hypergradient_batches, minimum=1)
+        check_integer("EngineConfig", "evaluate_every", self.evaluate_every, minimum=0)
+        check_choice("EngineConfig", "hypergradient_batch", self.hypergradient_batch, ("last", "fresh"))
+        check_choice("EngineConfig", "on_solve_failure", self.on_solve_failure, ("warn", "raise", "fallback"))
+        check_choice("EngineConfig", "on_non_finite", self.on_non_finite, ("raise", "skip"))
+        check_choice("EngineConfig", "precision", self.precision, ("float32", "bfloat16"))
+        if self.num_hypergradient_batches > 1 and self.hypergradient_batch == "last":
+            raise ConfigError(
+                "EngineConfig.num_hypergradient_batches > 1 averages fresh batches: set hypergradient_batch='fresh' "
+                "with it"
+            )
+        if (self.on_solve_failure == "fallback") != (self.fallback is not None):
+            raise ConfigError(
+                "EngineConfig.on_solve_failure='fallback' and EngineConfig.fallback=<method> go together: set both or "
+                "neither"
+            )
