@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.double_backward import second_derivative_errors
 from bilevel.errors import ConfigError, NonFiniteError
-from bilevel.functional import Evaluate, dense_gradient, gradient, independent, leaves, second_derivative_errors
+from bilevel.functional import Evaluate, dense_gradient, gradient, independent, leaves, require_finite
 from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State
 from bilevel.optim import GradientDescent
 from bilevel.result import SolveInfo, Status
@@ -85,8 +86,9 @@ class _UnrolledResponse(Response):
         inner = promote(cotangent)
         memory = zeros_like(self.steps[-1].memory)
         total = zeros_like(self.problem.outer)
-        for step in reversed(self.steps):
-            inner, memory, outer = _pull_step(step, inner, memory, self.problem.outer)
+        for place, step in reversed(list(enumerate(self.steps))):
+            # nothing comes before the oldest step: its parameters need no cotangent
+            inner, memory, outer = _pull_step(step, inner, memory, self.problem.outer, oldest=place == 0)
             total = add(total, outer)
         status = Status.NOT_APPLICABLE if is_finite(total) else Status.DIVERGED
         length = len(self.steps)
@@ -101,12 +103,15 @@ def _descend(problem: InnerProblem, steps: int, update: GradientDescent) -> tupl
     inner = tuple(part.detach() for part in problem.inner)
     for _ in range(steps):
         point = leaves(inner)
-        record.append(InnerStep(objective, inner, (), update))
 
-        def body(evaluate: Evaluate, at: Tensors = point) -> tuple[Tensor | None, ...]:
-            return gradient(evaluate(), at, objective)
+        def body(evaluate: Evaluate, at: Tensors = point, first: bool = not record) -> tuple[Tensor | None, ...]:
+            value = evaluate()
+            if first:
+                require_finite(value, objective.name)
+            return gradient(value, at, objective)
 
         grads = objective.within(point, outer, body)
+        record.append(InnerStep(objective, inner, (), update))
         if all(grad is None for grad in grads):
             raise independent(objective.name)
         with torch.no_grad():
@@ -120,15 +125,16 @@ def _descend(problem: InnerProblem, steps: int, update: GradientDescent) -> tupl
 
 
 def _pull_step(
-    step: InnerStep, inner_bar: Tensors, memory_bar: Tensors, outer: Tensors
+    step: InnerStep, inner_bar: Tensors, memory_bar: Tensors, outer: Tensors, *, oldest: bool
 ) -> tuple[Tensors, Tensors, Tensors]:
     """Pulls cotangents of the state after a step back to the state before it and to the outer parameters."""
     inner, memory = leaves(step.inner), leaves(step.memory)
+    before = () if oldest else inner + memory
 
     def body(evaluate: Evaluate) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             grads = gradient(evaluate(), inner, step.objective, create_graph=True)
-            new_inner, new_memory = step.update(inner, dense_gradient(grads, inner), memory)
+            new_inner, new_memory = step.update(inner, _mean_valued(dense_gradient(grads, inner), step), memory)
         pairs = [
             (output, bar.to(output.dtype))
             for output, bar in zip(new_inner + new_memory, inner_bar + memory_bar, strict=True)
@@ -137,8 +143,18 @@ def _pull_step(
         outputs, bars = zip(*pairs, strict=True)
         step.objective.passes.backward += 1
         with second_derivative_errors(step.objective.name):
-            return torch.autograd.grad(outputs, inner + memory + outer, bars, allow_unused=True)
+            return torch.autograd.grad(outputs, before + outer, bars, allow_unused=True)
 
-    pulled = dense_gradient(step.objective.within(inner, outer, body), inner + memory + outer)
-    first, second = len(inner), len(inner) + len(memory)
-    return promote(pulled[:first]), pulled[first:second], step.objective.reduce(pulled[second:])
+    pulled = dense_gradient(step.objective.within(inner, outer, body), before + outer)
+    pulled = step.objective.reduce(pulled)
+    first, second = (0, 0) if oldest else (len(inner), len(inner) + len(memory))
+    return promote(pulled[:first]), pulled[first:second], pulled[second:]
+
+
+def _mean_valued(grads: Tensors, step: InnerStep) -> Tensors:
+    """Gives local gradients the value of their mean over ranks, at which the optimiser's update was taken."""
+    local = tuple(grad.detach() for grad in grads)
+    mean = step.objective.reduce(local)
+    if mean is local:
+        return grads
+    return tuple(grad + (target - value) for grad, target, value in zip(grads, mean, local, strict=True))
