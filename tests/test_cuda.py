@@ -1,0 +1,105 @@
+"""The same promises on a GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bilevel import Engine, EngineConfig, FiniteDifference, Identity, Problem
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning"),
+]
+
+
+class Scale(Problem):
+    def loss(self, batch):
+        return F.cross_entropy(self.network(self(batch[0])), batch[1])
+
+
+class Network(Problem):
+    def loss(self, batch):
+        return F.cross_entropy(self(self.scale(batch[0])), batch[1])
+
+
+def engine(method, dtype=torch.float64, config=None, dropout=0.5) -> Engine:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 4, generator=generator).to("cuda", dtype)
+    y = torch.randint(0, 3, (32,), generator=generator).cuda()
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Dropout(dropout), nn.Linear(64, 3)).to("cuda", dtype)
+    adam = lambda params: torch.optim.Adam(params, lr=0.01)  # noqa: E731
+    outer = Scale(nn.Linear(4, 4, bias=False).to("cuda", dtype), optimizer=adam, data=[(x, y)])
+    inner = Network(network, optimizer=adam, data=[(x, y)], steps=2)
+    return Engine([outer, inner], config or EngineConfig(progress=False), hypergradient=method)
+
+
+def test_the_passes_of_one_derivative_draw_the_same_masks_on_the_gpu():
+    grads = []
+    for method in (Identity(), FiniteDifference(epsilon=1e-5)):
+        made = engine(method)
+        torch.manual_seed(5)
+        made.step()
+        torch.manual_seed(9)
+        result = made.hypergradient()
+        grads.append(result.grad["weight"] - result.direct["weight"])
+    assert grads[0].norm() > 0
+    assert (grads[0] - grads[1]).norm() < 1e-7 * grads[0].norm()
+
+
+@pytest.mark.parametrize("method", ["finite_difference", "identity", "neumann", "conjugate_gradient", "unrolled"])
+def test_asking_and_resuming_change_nothing_on_the_gpu(method, tmp_path):
+    whole = engine(method)
+    torch.manual_seed(7)
+    losses = [whole.step().losses for _ in range(4)]
+    first = engine(method)
+    torch.manual_seed(7)
+    for _ in range(2):
+        first.step()
+        first.hypergradient()
+    first.save(tmp_path / "state")
+    torch.manual_seed(99)
+    second = engine(method)
+    second.load(tmp_path / "state")
+    assert [second.step().losses for _ in range(2)] == losses[2:]
+
+
+def test_bfloat16_training_passes_and_float32_products_on_the_gpu():
+    made = engine("identity", torch.float32, EngineConfig(progress=False, precision="bfloat16"))
+    seen = []
+    made.problems["network"].module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    made.step()
+    assert seen == [torch.bfloat16] * 3 + [torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bidora_on_the_gpu(dtype, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from bidora import BiDoRAConfig, Direction, Magnitude, get_bidora_model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=50, max_position_embeddings=16, num_labels=3, **sizes)
+    base = BertForSequenceClassification(config).to("cuda", dtype)
+    batch = {"input_ids": torch.randint(1, 50, (8, 12)), "labels": torch.randint(0, 3, (8,))}
+    with torch.no_grad():
+        expected = base.eval()(input_ids=batch["input_ids"].cuda()).logits
+    model = get_bidora_model(base, BiDoRAConfig(task_type="SEQ_CLS", r=4))
+    with torch.no_grad():
+        found = model.eval()(input_ids=batch["input_ids"].cuda()).logits
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found.float(), expected.float(), **tolerance)
+    frozen = copy.deepcopy({n: p for n, p in model.named_parameters() if not p.requires_grad})
+    adamw = lambda params: torch.optim.AdamW(params, lr=1e-3)  # noqa: E731
+    problems = [Magnitude(model, optimizer=adamw, data=[batch]), Direction(model, optimizer=adamw, data=[batch])]
+    made = Engine(problems, EngineConfig(progress=False), hypergradient=FiniteDifference(epsilon=0.01))
+    model.train()
+    losses = [made.step().losses["direction"] for _ in range(10)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
