@@ -1,0 +1,101 @@
+"""Orthogonality of the normalised direction: BiDoRA's penalty against overfitting."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from bidora.dora import dora_layers, dora_tensors, remembered
+from bidora.norm import (
+    accumulation_dtype,
+    autocast_off,
+    frozen_product,
+    ill_conditioned,
+    values_are_visible,
+    zero_norm,
+)
+from bilevel.errors import ParameterError
+
+__all__ = ["direction_orthogonality", "orthogonality"]
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """Returns the mean of :func:`direction_orthogonality` over the DoRA layers of the active adapter: a scalar.
+
+    Depends on A and B, not on m. Twice differentiable. Evaluated in float32 or better. W₀W₀ᵀ is remembered for layers
+    with out ≤ in, which takes no more memory than their weights in that precision.
+
+    Raises:
+        ParameterError: No layer has the exact DoRA forward.
+    """
+    penalties = []
+    for _, layer, adapter in dora_layers(model):
+        weight, (lora_A, lora_B, _), scaling = dora_tensors(layer, adapter)
+        gram = None
+        if weight.shape[0] <= weight.shape[1]:
+            dtype = accumulation_dtype(weight, lora_A, lora_B)
+            gram = remembered(layer, f"Gram matrix, {dtype}", functools.partial(_gram, dtype=dtype))
+        penalties.append(direction_orthogonality(weight, lora_A, lora_B, scaling, gram=gram))
+    if not penalties:
+        raise ParameterError(f"{type(model).__name__} has no active layer with the exact DoRA forward")
+    return torch.stack(penalties).mean()
+
+
+def direction_orthogonality(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, gram: Tensor | None = None
+) -> Tensor:
+    """Returns ``‖D Dᵀ − I‖²_F``, where D is V = W₀ + s·BA with its rows normalised: a scalar.
+
+    That is the sum of cos² over ordered pairs of different rows: 0 if and only if the rows are orthogonal, and at
+    least ``out·(out − in)/in`` where there are more rows than dimensions. Zero rows count neither in D nor in I.
+
+    BiDoRA (arXiv 2410.09758) calls it Gram regularisation and sums over layers; its weights have their outputs in
+    columns, so its ``VᵀV`` is this ``D Dᵀ``.
+
+    The Gram matrix of the smaller side is used, since ``‖D Dᵀ − I‖²_F = ‖DᵀD‖²_F − rows``. Multiply-adds of the forward
+    pass: ``out²·r + out·in·r`` where out ≤ in and W₀W₀ᵀ is known, by ``VVᵀ = W₀W₀ᵀ + U + Uᵀ`` with
+    ``U = (s·W₀Aᵀ + ½s²·BAAᵀ) Bᵀ``; otherwise, and where BA nearly cancels a row of W₀, ``out·in·(r + min(out, in))``.
+
+    Args:
+        weight: W₀, (out, in).
+        lora_A: A, (r, in).
+        lora_B: B, (out, r).
+        scaling: s.
+        gram: W₀W₀ᵀ where it is known.
+    """
+    dtype = accumulation_dtype(weight, lora_A, lora_B)
+    with autocast_off(weight.device):
+        A, B = lora_A.to(dtype), lora_B.to(dtype)
+        if gram is not None and values_are_visible(A, B):
+            half = scaling * frozen_product(weight, A.T) + (0.5 * scaling**2) * (B @ (A @ A.T))
+            low_rank = half @ B.T
+            products = gram + low_rank + low_rank.T
+            if not ill_conditioned(products.diagonal(), gram.diagonal(), A, B, scaling).any():
+                return _sum_of_squared_cosines(products)
+        V = torch.addmm(weight.to(dtype), B, A, alpha=scaling)
+        if V.shape[0] <= V.shape[1]:
+            return _sum_of_squared_cosines(V @ V.T)
+        inverse = _reciprocal(V.square().sum(1))
+        total = (V.T @ (inverse.unsqueeze(1) * V)).square().sum()
+        return total - (inverse.detach() > 0).sum()
+
+
+def _sum_of_squared_cosines(products: Tensor) -> Tensor:
+    """Returns the sum over pairs of different rows, given VVᵀ."""
+    inverse = _reciprocal(products.diagonal())
+    return inverse @ products.square() @ inverse - (inverse.detach() > 0).sum()
+
+
+def _gram(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    with autocast_off(weight.device):
+        rows = weight.to(dtype)
+        return rows @ rows.T
+
+
+def _reciprocal(squares: Tensor) -> Tensor:
+    """Returns 1/‖V‖² by rows, and 0 with zero derivatives for zero rows."""
+    # the second derivative is of the order of the cube of this
+    zero = squares.detach() <= zero_norm(squares.dtype)
+    return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, squares))
