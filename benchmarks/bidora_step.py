@@ -3,8 +3,8 @@
     python benchmarks/bidora_step.py [--repeats 5] [--length 96] [--batch 16] [--json FILE]
 
 Both run on one model in one process, in turn, from the same state; the hypergradients are compared at every step.
-Evaluation mode (no dropout), eager attention. ``exact`` is left out: it would take one product for each inner parameter,
-and there are tens of thousands.
+Evaluation mode (no dropout), eager attention. ``exact`` is left out: it would take one product for each inner
+parameter, and there are tens of thousands.
 """
 
 from __future__ import annotations

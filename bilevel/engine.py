@@ -314,7 +314,8 @@ class Engine:
                 raise self._refusal(problem, text)
         problem.update(result.gradient, value)
         report.losses[problem.name], report.norms[problem.name] = value, size
-        report.metrics.update({f"{problem.name}/{key}": _number(metric) for key, metric in result.metrics.items()})
+        for key, metric in result.metrics.items():
+            report.metrics[f"{problem.name}/{key}"] = _number(metric)
 
     def _total(self, problem: Problem, batch: Any) -> LossGradient:
         states = self.estimator_states.get(problem.name, {})
@@ -327,8 +328,8 @@ class Engine:
 
     def _refusal(self, problem: Problem, text: str) -> _NonFiniteStepError:
         return _NonFiniteStepError(
-            f"step {self.step_count + 1}: {text} (batch number {self.streams[problem.name].drawn} of its data). No parameter "
-            "was changed. Look at that batch and the learning rates, or set EngineConfig(on_non_finite='skip').",
+            f"step {self.step_count + 1}: {text} (batch number {self.streams[problem.name].drawn} of its data). "
+            "No parameter was changed. Look at that batch and the learning rates, or set EngineConfig(on_non_finite='skip').",
             problem.name,
         )
 

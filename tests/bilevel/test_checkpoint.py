@@ -14,7 +14,6 @@ from bilevel.checkpoint import read_state, write_state
 from bilevel.errors import CheckpointError
 from tests.bilevel.test_engine import METHODS, Classifier, Decay, adam, data, make, same, state_of
 
-
 # a small network is not convex
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")
 
@@ -81,7 +80,9 @@ def test_another_structure_is_refused_with_the_differences(tmp_path):
 
     decay = Outer(nn.ParameterList([torch.tensor(-2.0)]), data=data(), name="other")
     inner = Renamed(nn.Linear(4, 3), data=data(), name="classifier")
-    with pytest.raises(CheckpointError, match="problems decay, classifier were saved; this engine has other, classifier"):
+    with pytest.raises(
+        CheckpointError, match="problems decay, classifier were saved; this engine has other, classifier"
+    ):
         Engine([decay, inner], EngineConfig(progress=False)).load(tmp_path / "state")
 
 
@@ -110,7 +111,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_nested_states_round_trip(tmp_path):
-    state = {"i": 1, "f": 0.1, "s": "x", "n": None, "b": True, "l": [1, (2, {"k": torch.arange(3)})], "m": {0: 1.5, "0": 2}}
+    state = {
+        "i": 1,
+        "f": 0.1,
+        "s": "x",
+        "n": None,
+        "b": True,
+        "l": [1, (2, {"k": torch.arange(3)})],
+        "m": {0: 1.5, "0": 2},
+    }
     write_state(tmp_path / "state", state)
     found = read_state(tmp_path / "state")
     assert torch.equal(found["l"][1][1].pop("k"), state["l"][1][1].pop("k"))

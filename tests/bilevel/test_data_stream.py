@@ -25,7 +25,7 @@ def test_epochs_follow_each_other_and_each_holds_every_example():
     stream = BatchStream(loader(), "p", 0)
     batches = take(stream, 8)
     for epoch in (batches[:4], batches[4:]):
-        assert sorted(sum(epoch, [])) == list(range(10))
+        assert sorted(row for batch in epoch for row in batch) == list(range(10))
     assert batches[:4] != batches[4:]
 
 
@@ -50,17 +50,17 @@ def test_drawing_a_batch_leaves_the_global_generators_alone():
             return 6
 
         def __getitem__(self, index):
-            return torch.rand(1).item(), random.random(), float(np.random.rand())  # noqa: NPY002
+            return torch.rand(1).item(), random.random(), float(np.random.rand())
 
     stream = BatchStream(DataLoader(Noisy(), batch_size=2, shuffle=True), "p", 0)
     torch.manual_seed(1)
     random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    expected = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    np.random.seed(1)
+    expected = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     first = [stream.next() for _ in range(4)]
     assert torch.equal(torch.get_rng_state(), expected[0])
     assert random.getstate() == expected[1]
-    assert np.random.get_state()[1].tolist() == expected[2]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == expected[2]
     again = BatchStream(DataLoader(Noisy(), batch_size=2, shuffle=True), "p", 0)
     assert [[t.tolist() for t in batch] for batch in first] == [[t.tolist() for t in again.next()] for _ in range(4)]
 

@@ -12,7 +12,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import BilevelError, Engine, EngineConfig, Exact, FiniteDifference, Identity, Problem, Unrolled, hypergradient
+from bilevel import (
+    BilevelError,
+    Engine,
+    EngineConfig,
+    Exact,
+    FiniteDifference,
+    Identity,
+    Problem,
+    Unrolled,
+    hypergradient,
+)
 from bilevel.errors import (
     BilevelWarning,
     ConfigError,
@@ -84,7 +94,10 @@ def test_a_step_is_the_inner_updates_then_one_outer_update_at_the_new_point(meth
     engine = make(method, steps=3)
     inner_batches = [batch for _, batch in zip(range(3), data(shuffle=False), strict=False)]
     outer_batch = next(iter(data(seed=1, shuffle=False)))
-    module, decay = copy.deepcopy(engine.problems["classifier"].module), engine.problems["decay"].module[0].detach().clone()
+    module, decay = (
+        copy.deepcopy(engine.problems["classifier"].module),
+        engine.problems["decay"].module[0].detach().clone(),
+    )
 
     def inner_loss(w, lam, batch):
         logits = F.linear(batch[0], *w)
@@ -104,7 +117,9 @@ def test_a_step_is_the_inner_updates_then_one_outer_update_at_the_new_point(meth
     )
     result = engine.step({"classifier": iter(inner_batches), "decay": outer_batch})
     torch.testing.assert_close(list(engine.problems["classifier"].parameters), w, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(engine.problems["decay"].module[0].data, decay - 0.1 * expected.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        engine.problems["decay"].module[0].data, decay - 0.1 * expected.grad, rtol=1e-5, atol=1e-7
+    )
     assert result.step == 1
     assert set(result.losses) == {"decay", "classifier"}
     assert "classifier/penalty" in result.metrics
@@ -112,7 +127,7 @@ def test_a_step_is_the_inner_updates_then_one_outer_update_at_the_new_point(meth
 
 @pytest.mark.parametrize("optimizer", [sgd(0.3), sgd(0.3, momentum=0.9, nesterov=True, weight_decay=0.1), adam(0.05)])
 def test_unrolled_differentiates_the_optimizers_own_updates(optimizer):
-    """Against central differences of the whole step, in float64, past the first update (optimiser state is not empty)."""
+    """Against central differences of the whole step, in float64, past the first update: the state is not empty."""
     batches = [(x.double(), y) for x, y in data(shuffle=False)]
 
     def inner_end(log_decay: float) -> torch.Tensor:
@@ -122,7 +137,9 @@ def test_unrolled_differentiates_the_optimizers_own_updates(optimizer):
         lams = [-2.0, -2.0, log_decay, log_decay, log_decay]  # two updates before the outer parameter is perturbed
         for lam, batch in zip(lams, (batches * 2)[:5], strict=True):
             loss = F.cross_entropy(module(batch[0]), batch[1])
-            loss = loss + torch.tensor(lam, dtype=torch.float64).exp() * sum(p.square().sum() for p in module.parameters())
+            loss = loss + torch.tensor(lam, dtype=torch.float64).exp() * sum(
+                p.square().sum() for p in module.parameters()
+            )
             trained.zero_grad()
             loss.backward()
             trained.step()
@@ -221,7 +238,9 @@ def test_passes_of_one_derivative_see_the_same_dropout_masks():
                 return F.cross_entropy(self(self.scale(batch[0])), batch[1])
 
         scale = Scale(decay, optimizer=sgd(0.1), data=loader)
-        engine = Engine([scale, Network(copy.deepcopy(module), optimizer=sgd(0.1), data=loader)], QUIET, hypergradient=method)
+        engine = Engine(
+            [scale, Network(copy.deepcopy(module), optimizer=sgd(0.1), data=loader)], QUIET, hypergradient=method
+        )
         torch.manual_seed(5)
         engine.step()
         torch.manual_seed(9)
@@ -561,9 +580,23 @@ def test_bfloat16_training_passes_leave_the_products_in_float32():
     seen = []
     engine.problems["classifier"].module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     engine.step()
-    assert seen == [torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32]  # 2 inner, 1 outer, 1 for the product
+    assert seen == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    ]  # 2 inner, 1 outer, 1 for the product
 
 
 def test_everything_raised_on_purpose_is_a_bilevel_error():
-    for error in (ConfigError, DataError, GraphError, LossError, NonFiniteError, ParameterError, SolveError, UnknownNameError):
+    for error in (
+        ConfigError,
+        DataError,
+        GraphError,
+        LossError,
+        NonFiniteError,
+        ParameterError,
+        SolveError,
+        UnknownNameError,
+    ):
         assert issubclass(error, BilevelError)
