@@ -218,8 +218,11 @@ def _introduce(settings: TrainSettings, prepared: Any) -> None:
         f"({len(text.train)} training texts, {len(text.test)} test texts, classes {', '.join(text.label_names)})"
     )
     if settings.method == "bidora":
+        method = settings.hypergradient.describe()
+        name = method.pop("method")
+        fields = ", ".join(f"{key} {value}" for key, value in method.items())
         console.print(
-            f"Search: {settings.search_steps} steps, hypergradient {settings.hypergradient.describe()}; "
+            f"Search: {settings.search_steps} steps, hypergradient by {name}{f' ({fields})' if fields else ''}; "
             f"then {settings.steps} updates of retraining."
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from bidora.pipeline import RunResult
@@ -68,6 +69,7 @@ def save_plot(results: Sequence[RunResult], path: Path) -> None:
         axes[1].set(xlabel="search step", ylabel="Euclidean norm", yscale="log", title="Hypergradient of the magnitude")
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"backend": "Agg"}):
         figure.savefig(path, dpi=150)
