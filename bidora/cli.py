@@ -1,4 +1,4 @@
-"""``bidora train | evaluate | merge``."""
+"""``bidora train | evaluate | analyze | merge``."""
 
 from __future__ import annotations
 
@@ -148,6 +148,29 @@ def merge(
     loaded.tokenizer.save_pretrained(str(output))
     shutil.copy(adapter / CARD, output / CARD)
     console.print(f"Merged model: [bold]{output}[/bold] (outputs agree to {difference:.0e})")
+
+
+@app.command()
+def analyze(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    model: Model = None,
+    debug: Debug = False,
+) -> None:
+    """Shows how far an adapter moved magnitude (ΔM) and direction (ΔD) of each layer."""
+    from rich.table import Table
+
+    from bidora.analysis import weight_decomposition
+    from bidora.pipeline import load_adapter, load_base
+
+    loaded = load_adapter(adapter, model)
+    change = weight_decomposition(load_base(adapter, model), loaded.model)
+    table = Table(title=f"Change of magnitude and direction, {adapter}")
+    for name in ("layer", "ΔM", "ΔD"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for layer in change.layers:
+        table.add_row(layer.name, f"{layer.magnitude:.4f}", f"{layer.direction:.4f}")
+    console.print(table)
+    console.print(f"slope of ΔM on ΔD {change.slope:.3f}, correlation {change.correlation:.3f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

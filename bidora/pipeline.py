@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -34,7 +35,17 @@ from bidora.trainer import BiDoRATrainer
 from bilevel import StepResult
 from bilevel.errors import DataError
 
-__all__ = ["LoadedAdapter", "Prepared", "RunResult", "evaluate", "load_adapter", "majority", "prepare", "train_method"]
+__all__ = [
+    "LoadedAdapter",
+    "Prepared",
+    "RunResult",
+    "evaluate",
+    "load_adapter",
+    "load_base",
+    "majority",
+    "prepare",
+    "train_method",
+]
 
 CARD = "bidora.json"
 """File beside the adapter with what ``bidora evaluate`` needs to use it again: data settings and class names."""
@@ -177,6 +188,26 @@ def load_adapter(folder: str | Path, base: str | None = None) -> LoadedAdapter:
         DataError: The folder holds neither an adapter nor a model.
     """
     path = Path(folder)
+    card, names = _read_card(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not (path / "adapter_config.json").is_file():
+        return LoadedAdapter(load_model_and_tokenizer(path, len(names), id2label=names).model, tokenizer, card)
+    config = PeftConfig.from_pretrained(str(path))
+    adapted = PeftModel.from_pretrained(load_base(path, base), str(path))
+    if getattr(config, "use_dora", False):
+        use_exact_dora(adapted)
+    return LoadedAdapter(adapted, tokenizer, card)
+
+
+def load_base(folder: str | Path, base: str | None = None) -> PreTrainedModel:
+    """Loads the base model of a saved adapter, with a new head."""
+    path = Path(folder)
+    card, names = _read_card(path)
+    source = base or card.get("model") or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    return load_model_and_tokenizer(source, len(names), id2label=names).model
+
+
+def _read_card(path: Path) -> tuple[dict[str, Any], dict[int, str]]:
     card_file = path / CARD
     if not card_file.is_file():
         raise DataError(f"{path} holds no {CARD}: expected a folder that `bidora train` wrote (its 'adapter' folder)")
@@ -185,16 +216,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> LoadedAdapter:
         names = {place: str(name) for place, name in enumerate(card["label_names"])}
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{card_file} is damaged: {error!r}") from error
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if not (path / "adapter_config.json").is_file():
-        return LoadedAdapter(load_model_and_tokenizer(path, len(names), id2label=names).model, tokenizer, card)
-    config = PeftConfig.from_pretrained(str(path))
-    source = base or card.get("model") or config.base_model_name_or_path
-    model = load_model_and_tokenizer(source, len(names), id2label=names).model
-    adapted = PeftModel.from_pretrained(model, str(path))
-    if getattr(config, "use_dora", False):
-        use_exact_dora(adapted)
-    return LoadedAdapter(adapted, tokenizer, card)
+    return card, names
 
 
 def _adapted(settings: TrainSettings, text: TextData) -> tuple[nn.Module, PreTrainedTokenizerBase]:

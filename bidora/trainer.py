@@ -15,7 +15,7 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
 from bidora.arguments import BiDoRATrainingArguments
-from bidora.data import stratified_split
+from bidora.data import check_labels, stratified_split
 from bidora.model import parameter_roles
 from bidora.problems import Direction, Magnitude
 from bilevel import Callback, Engine, EngineConfig, StepResult
@@ -110,6 +110,7 @@ class BiDoRATrainer(Trainer):
         Returns:
             Trainer's output of the retraining phase.
         """
+        self._check_labels()
         if self.args.method != "bidora":
             return self._train_all(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if not resume_from_checkpoint:
@@ -214,6 +215,14 @@ class BiDoRATrainer(Trainer):
         updates = output.global_step * self.args.gradient_accumulation_steps
         self.passes["train"] = (updates, updates)
         return output
+
+    def _check_labels(self) -> None:
+        """Refuses labels that the model has no class for, before a kernel fails on them."""
+        config = getattr(self.model, "config", None)
+        classes = getattr(config, "num_labels", None)
+        classifies = getattr(config, "problem_type", None) in (None, "single_label_classification")
+        if isinstance(self.train_dataset, Sized) and classes and classes > 1 and classifies:
+            check_labels(_class_labels(self.train_dataset), classes, "train_dataset")
 
     def _split(self) -> tuple[Dataset[Any], Dataset[Any]]:
         """Splits the training data into the direction's and the magnitude's part."""

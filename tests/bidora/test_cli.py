@@ -90,6 +90,13 @@ def test_evaluate_repeats_the_run_s_own_figures(trained, capsys):
     assert f"macro_f1 {metrics['macro_f1']:.3f}" in shown
 
 
+def test_analyze_lists_every_adapted_layer(trained, capsys):
+    assert run("analyze", trained / "adapter") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("attention.self") == 12
+    assert "slope of ΔM on ΔD" in shown
+
+
 def test_merge_writes_an_ordinary_model_with_the_same_outputs(trained, tmp_path):
     assert run("merge", trained / "adapter", "--output", tmp_path / "merged") == 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()

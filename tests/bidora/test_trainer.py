@@ -202,6 +202,14 @@ def test_models_and_data_that_do_not_fit(make_bert, tmp_path):
         make(make_bert, tmp_path, data=rows(2)).search()
 
 
+@pytest.mark.parametrize("method", ["bidora", "full"])
+def test_labels_that_the_model_has_no_class_for(method, make_bert, tmp_path):
+    data = [*rows(), {"input_ids": torch.ones(6, dtype=torch.long), "labels": 3}]
+    model = bidora_model(make_bert) if method == "bidora" else make_bert()
+    with pytest.raises(DataError, match=r"3"):
+        BiDoRATrainer(model, arguments(tmp_path, method=method), train_dataset=data).train()
+
+
 @pytest.mark.parametrize("phase", ["search", "train"])
 def test_a_non_finite_loss_stops_before_it_reaches_a_parameter(phase, make_bert, tmp_path):
     trainer = make(make_bert, tmp_path)
