@@ -27,8 +27,8 @@ SECONDS_BETWEEN_REFRESHES = 0.1
 class Progress(Callback):
     """Shows steps, passes, elapsed and remaining time, and for every problem its loss, gradient norm and solve.
 
-    ``Engine.run`` adds one by itself unless ``EngineConfig(progress=False)``. The gradient norm of an outer problem is that
-    of its hypergradient. Where the output is no terminal, a line is printed at about every tenth of the run instead.
+    ``Engine.run`` adds one by itself unless ``EngineConfig(progress=False)``. The gradient norm of an outer problem is
+    that of its hypergradient. Where the output is no terminal, a line is printed at about every tenth of the run.
 
     Args:
         console: Where to show it; standard error by default.
@@ -63,7 +63,7 @@ class Progress(Callback):
                 self._refreshed = now
                 self._live.refresh()
         elif self._done * 10 // self._total > (self._done - 1) * 10 // self._total or self._done == 1:
-            self._console.print(self._line(result), soft_wrap=True, highlight=False)
+            self._console.print(self._line(engine, result), soft_wrap=True, markup=False, highlight=False)
 
     def on_run_end(self, engine: Engine) -> None:
         """See :meth:`Callback.on_run_end`."""
@@ -82,9 +82,9 @@ class Progress(Callback):
             return _head(self._done, self._total, "", self._times())
         return Group(_head(self._done, self._total, _passes(self._last), self._times()), _problems(engine, self._last))
 
-    def _line(self, result: StepResult) -> str:
-        losses = "  ".join(f"{name} {loss:.4g}" for name, loss in result.losses.items())
-        norms = "  ".join(f"{name} {size:.2e}" for name, size in result.gradient_norms.items())
+    def _line(self, engine: Engine, result: StepResult) -> str:
+        losses = "  ".join(f"{name} {result.losses.get(name, math.nan):.4g}" for name in engine.problems)
+        norms = "  ".join(f"{name} {result.gradient_norms.get(name, math.nan):.2e}" for name in engine.problems)
         solves = "; ".join(
             f"{info.method} {info.status.value}{_residual(info, ' residual ')}" for info in result.solves.values()
         )

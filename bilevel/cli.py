@@ -1,0 +1,299 @@
+"""The command line: ``bilevel run | check | methods``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import torch
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from bilevel.check import hypergradcheck
+from bilevel.config import RunConfig, dump_config, load_config
+from bilevel.engine import Engine
+from bilevel.errors import BilevelError, ConfigError
+from bilevel.hypergrad import Estimator, available_methods
+from bilevel.recipe import Recipe, RecipeError, load_recipe, place_in
+from bilevel.result import StepResult
+
+__all__ = ["app", "main"]
+
+CHECK_FAILED = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Nested optimisation with interchangeable hypergradients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE.py", help="A Python file that defines build(config) -> Engine.")
+]
+ConfigPath = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="Settings as TOML, YAML or JSON.", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY.SUB=VALUE", help="Overrides one setting; repeatable.", show_default=False),
+]
+Seed = Annotated[int | None, typer.Option(help="Short for --set engine.seed=…; seeds torch too.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    steps: Annotated[int | None, typer.Option(help="Short for --set engine.steps=…", show_default=False)] = None,
+    seed: Seed = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for state, settings and summary.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into an output folder that exists.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Trains what a recipe builds."""
+    with _reported(debug, recipe):
+        shortcuts = {"engine.steps": steps, "engine.seed": seed}
+        made, settings = _settings(recipe, config, overrides, shortcuts)
+        folder = None if output is None else _Folder(output, overwrite)
+        engine = _build(made, settings)
+        if folder is not None:
+            folder.write_settings(settings)
+        started = time.perf_counter()
+        try:
+            with made.located():
+                result = engine.run()
+        except BaseException:
+            if folder is not None and engine.step_count:
+                folder.write_state(engine)
+                _messages().print(Text(f"state after step {engine.step_count} saved in {folder.path}"), soft_wrap=True)
+            raise
+        seconds = time.perf_counter() - started
+        if folder is not None:
+            folder.write_state(engine)
+        with made.located():
+            metrics = engine.evaluate()
+        if folder is not None:
+            folder.write_summary(engine, result, metrics)
+        _print_summary(engine, result, metrics, seconds, folder)
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    after: Annotated[int, typer.Option(min=0, help="Outer steps to take before the check.")] = 0,
+    rtol: Annotated[float, typer.Option(help="Largest relative error that passes.")] = 1e-3,
+    debug: Debug = False,
+) -> None:
+    """Compares a recipe's hypergradient with an exact one; exit code 1 if it is further off than --rtol."""
+    with _reported(debug, recipe):
+        made, settings = _settings(recipe, config, overrides, {"engine.seed": seed})
+        engine = _build(made, settings)
+        with made.located():
+            if after:
+                engine.run(after)
+            report = hypergradcheck(engine, rtol=rtol)
+        Console(soft_wrap=True).print(str(report), markup=False, highlight=False)
+        if not report.passed:
+            raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Lists the methods with their fields, defaults, costs and needs."""
+    with _reported(False):
+        found = available_methods()
+        if as_json:
+            print(
+                json.dumps(
+                    {name: _describe(cls) for name, cls in found.items()}, indent=2, ensure_ascii=False, default=str
+                )
+            )
+            return
+        table = Table(show_lines=True, expand=False)
+        table.add_column("method and fields", no_wrap=True)
+        table.add_column("what it does, costs and needs")
+        for name, cls in found.items():
+            fields = "".join(f"\n  {key} = {value!r}" for key, value in _defaults(cls).items())
+            text = Text.assemble(
+                f"{cls.summary}\n", ("cost   ", "dim"), f"{cls.cost}\n", ("needs  ", "dim"), cls.needs, overflow="fold"
+            )
+            table.add_row(Text.assemble((name, "bold"), fields), text)
+        console = Console()
+        console.print(table)
+        console.print("Choose with  --set hypergradient.method=NAME --set hypergradient.FIELD=VALUE", highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; leaves by ``SystemExit`` with 0, 2 for an error of the user's, or 130 when interrupted."""
+    app(args=None if arguments is None else list(arguments), prog_name="bilevel")
+
+
+def _settings(
+    recipe: Path, config: Path | None, overrides: Sequence[str] | None, shortcuts: Mapping[str, int | None]
+) -> tuple[Recipe, RunConfig[Any]]:
+    made = load_recipe(recipe)
+    short = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    settings: RunConfig[Any] = load_config(config, [*(overrides or ()), *short], made.schema, defaults=made.defaults)
+    return made, settings
+
+
+def _build(made: Recipe, settings: RunConfig[Any]) -> Engine:
+    torch.manual_seed(settings.engine.seed)  # models are initialised in build()
+    engine = made.build(settings)
+    used = dump_config(engine.config)
+    unused = [f"engine.{key}" for key, value in dump_config(settings.engine).items() if used[key] != value]
+    if settings.hypergradient not in (engine.hypergradient_method, *engine.estimators.values()):
+        unused.append("hypergradient")
+    if unused:
+        warnings.warn(
+            f"{made.path}: the engine that build() returned does not run with the settings {', '.join(unused)}; "
+            "pass config.engine and config.hypergradient to Engine",
+            stacklevel=2,
+        )
+    return engine
+
+
+class _Folder:
+    """Where a run's files go."""
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--output {path} is a file: name a folder")
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise ConfigError(f"--output {path} exists and is not empty: name another folder, or add --overwrite")
+        self.path = path
+
+    def write_settings(self, settings: RunConfig[Any]) -> None:
+        """Written before the run, so that a folder that cannot be written to costs no time."""
+        self._write("config.json", dump_config(settings))
+
+    def write_state(self, engine: Engine) -> None:
+        engine.save(self.path / "state.safetensors")
+
+    def write_summary(self, engine: Engine, result: StepResult, metrics: Mapping[str, float]) -> None:
+        solves = {name: info.explain() for name, info in result.solves.items()}
+        last = {"losses": dict(result.losses), "gradient_norms": dict(result.gradient_norms), "solves": solves}
+        passes = {"forward": engine.passes.forward, "backward": engine.passes.backward}
+        self._write("summary.json", {"steps": engine.step_count, **last, "metrics": dict(metrics), "passes": passes})
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--output {self.path} cannot be written to: {error.strerror or error}") from error
+
+
+def _print_summary(
+    engine: Engine, result: StepResult, metrics: Mapping[str, float], seconds: float, folder: _Folder | None
+) -> None:
+    console = Console()
+    table = Table(title=f"after step {engine.step_count}", title_justify="left")
+    for heading in ("problem", "loss", "‖gradient‖", "method", "status", "residual"):
+        table.add_column(heading, justify="right" if heading in ("loss", "‖gradient‖", "residual") else "left")
+    for name in engine.problems:
+        info = result.solves.get(name)
+        solve = ("", "", "")
+        if info is not None:
+            solve = (info.method, info.status.value, "" if math.isnan(info.residual) else f"{info.residual:.1e}")
+        loss, size = (values.get(name, math.nan) for values in (result.losses, result.gradient_norms))
+        table.add_row(name, f"{loss:.4g}", f"{size:.2e}", *solve)
+    console.print(table)
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    for key, value in metrics.items():
+        lines.add_row(Text(key), f"{value:.4g}")
+    lines.add_row("passes", f"{engine.passes.forward} forward, {engine.passes.backward} backward")
+    lines.add_row("seconds", f"{seconds:.1f}")
+    if engine.skipped_steps:
+        lines.add_row("skipped steps", str(engine.skipped_steps))
+    lines.add_row("saved in", Text(str(folder.path)) if folder else "nowhere: add --output FOLDER")
+    console.print(lines)
+
+
+def _defaults(cls: type[Estimator]) -> dict[str, Any]:
+    return {
+        field.name: "required" if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(cls)
+    }
+
+
+def _describe(cls: type[Estimator]) -> dict[str, Any]:
+    return {
+        "fields": _defaults(cls),
+        "summary": cls.summary,
+        "cost": cls.cost,
+        "needs": cls.needs,
+        "needs_double_backward": cls.needs_double_backward,
+        "needs_trajectory": cls.needs_trajectory,
+    }
+
+
+def _messages() -> Console:
+    return Console(stderr=True)
+
+
+@contextmanager
+def _reported(debug: bool, recipe: Path | None = None) -> Iterator[None]:
+    """Turns errors into one panel and an exit code, and warnings into a line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except BilevelError as error:
+            if debug:
+                traceback.print_exc()
+            else:
+                _print_error(error, recipe)
+            raise typer.Exit(USER_ERROR) from error
+        except KeyboardInterrupt:
+            _messages().print("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _print_error(error: BilevelError, recipe: Path | None) -> None:
+    lines = [Text(str(error))]
+    place = "" if recipe is None or isinstance(error, RecipeError) else place_in(recipe, error)
+    if place:
+        lines.append(Text(f"raised from {place}", "dim"))
+    if isinstance(error, RecipeError):
+        lines.append(Text("--debug shows the traceback", "dim"))
+    title = type(error).__name__.lstrip("_")
+    _messages().print(Panel(Text("\n").join(lines), title=title, title_align="left", border_style="red"))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    _messages().print(Text.assemble(("warning: ", "yellow"), str(message)), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
