@@ -9,9 +9,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from bidora.settings import METHODS
-from bilevel import Estimator
+from bilevel import Estimator, as_estimator
 from bilevel.errors import ConfigError
-from bilevel.hypergrad import as_estimator
 from bilevel.validation import check_choice, check_integer, check_number
 
 __all__ = ["BiDoRATrainingArguments"]

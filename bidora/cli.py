@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from bidora.settings import TrainSettings, resolve_device
-from bilevel import BilevelError, load_config
+from bilevel import BilevelError, dump_config, load_config
 from bilevel.errors import ConfigError
 
 __all__ = ["app", "main"]
@@ -212,7 +212,6 @@ def _train(settings: TrainSettings, output: Path, compare: bool) -> None:
 
     from bidora.pipeline import majority, prepare, train_method
     from bidora.report import results_table, save_plot, save_results
-    from bilevel.config import dump_config
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     prepared = prepare(settings)

@@ -234,11 +234,16 @@ def _adapted(settings: TrainSettings, text: TextData) -> tuple[nn.Module, PreTra
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
-        "target_modules": list(settings.target_modules) or None,
+        "target_modules": _targets(settings.target_modules),
     }
     if settings.method == "bidora":
         return get_bidora_model(model, BiDoRAConfig(**common)), tokenizer
     return get_peft_model(model, LoraConfig(use_dora=settings.method == "dora", **common)), tokenizer
+
+
+def _targets(names: Sequence[str]) -> str | list[str] | None:
+    """Returns PEFT's ``target_modules``: its special word stands alone, and not in a list."""
+    return "all-linear" if list(names) == ["all-linear"] else list(names) or None
 
 
 def _arguments(settings: TrainSettings, folder: Path, updates: int) -> BiDoRATrainingArguments:

@@ -33,7 +33,8 @@ class TrainSettings:
         rank: r of the adapter.
         alpha: ``lora_alpha``; the adapter's scale is alpha / r.
         dropout: ``lora_dropout``.
-        target_modules: Name suffixes of the modules to adapt; PEFT's choice for the model where empty.
+        target_modules: Name suffixes of the modules to adapt; ``all-linear`` for every linear layer but the
+            head; PEFT's choice for the model where empty.
         learning_rate: Peak learning rate of the direction and of the baselines.
         magnitude_learning_rate: Peak learning rate of the magnitude in the search; None for ``learning_rate``.
         batch_size: Examples in a batch.
@@ -52,20 +53,20 @@ class TrainSettings:
     subset: str | None = None
     text_columns: tuple[str, ...] = ()
     label_column: str | None = None
-    max_length: int = 128
+    max_length: int = 96
     max_rows: int | None = None
     method: str = "bidora"
     hypergradient: Estimator = field(default_factory=lambda: FiniteDifference(epsilon=0.01))
     rank: int = 4
     alpha: float = 8.0
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
-    learning_rate: float = 2e-3
+    target_modules: tuple[str, ...] = ("all-linear",)
+    learning_rate: float = 3e-3
     magnitude_learning_rate: float | None = None
     batch_size: int = 16
-    search_steps: int = 30
+    search_steps: int = 20
     inner_steps: int = 1
-    steps: int = 60
+    steps: int = 120
     orthogonality: float = 1e-5
     validation_fraction: float = 0.2
     seed: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,10 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     metadata = {"format": FORMAT, "version": str(VERSION), "state": structure}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
-        os.close(handle)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
-    temporary = Path(name)
+    # not by tempfile, which would keep everybody else from reading the checkpoint
+    temporary = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     try:
         save_file(tensors, temporary, metadata)
         with temporary.open("rb") as file:

@@ -96,7 +96,8 @@ class Engine:
         _check_arguments(problems, self.config, self.callbacks)
         check_ownership(problems)
         self._slots = ParameterSlots(problem.module for problem in problems)
-        self._modules = {id(m): m for problem in problems for m in problem.module.modules()}.values()
+        every = {id(m): m for problem in problems for m in problem.module.modules()}.values()
+        self._modules = tuple(module for module in every if module._buffers)
         self.streams = {
             name: BatchStream(problem.data, name, self.config.seed) for name, problem in self.problems.items()
         }
@@ -148,7 +149,8 @@ class Engine:
         for problem in self.problems.values():
             problem.on_step_start()
         report = _Report()
-        snapshot = Snapshot(list(self.problems.values())) if self.config.restore_on_error else None
+        problems = list(self.problems.values())
+        snapshot = Snapshot(problems, self._modules) if self.config.restore_on_error else None
         skipped = None
         try:
             self._step(feed, report)
@@ -327,9 +329,11 @@ class Engine:
             raise self._refusal(problem, str(error)) from error
 
     def _refusal(self, problem: Problem, text: str) -> _NonFiniteStepError:
+        stream = self.streams[problem.name]
+        batch = f" (batch number {stream.drawn} of its data)" if stream.has_data and stream.drawn else ""
         return _NonFiniteStepError(
-            f"step {self.step_count + 1}: {text} (batch number {self.streams[problem.name].drawn} of its data). "
-            "No parameter was changed. Look at that batch and the learning rates, or set EngineConfig(on_non_finite='skip').",
+            f"step {self.step_count + 1}: {text}{batch}. No parameter was changed. "
+            "Look at that batch and the learning rates, or set EngineConfig(on_non_finite='skip').",
             problem.name,
         )
 

@@ -19,11 +19,12 @@ class Snapshot:
 
     Args:
         problems: Whose state.
+        modules: All their modules that hold buffers.
     """
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], modules: Iterable[nn.Module]) -> None:
         self._problems = problems
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors(problems)]
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors(problems, modules)]
         self._optimizers = [_optimizer_state(problem) for problem in problems]
         self._schedulers = [
             None if problem.scheduler is None else copy.deepcopy(problem.scheduler.state_dict()) for problem in problems
@@ -44,10 +45,9 @@ class Snapshot:
                 problem.scheduler.load_state_dict(scheduler)
 
 
-def _tensors(problems: Iterable[Problem]) -> list[Tensor]:
+def _tensors(problems: Iterable[Problem], modules: Iterable[nn.Module]) -> list[Tensor]:
     found: dict[int, Tensor] = {id(p): p for problem in problems for p in problem.parameters}
-    modules: dict[int, nn.Module] = {id(m): m for problem in problems for m in problem.module.modules()}
-    for module in modules.values():
+    for module in modules:
         found.update({id(b): b for b in module._buffers.values() if b is not None})
     return list(found.values())
 

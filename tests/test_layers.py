@@ -42,16 +42,19 @@ PUBLIC = {
     "Identity",
     "Neumann",
     "Problem",
+    "RunConfig",
     "SolveInfo",
     "Status",
     "StepResult",
     "Unrolled",
     "argmin",
+    "as_estimator",
+    "dump_config",
     "hypergradcheck",
     "hypergradient",
     "load_config",
 }
-PUBLIC_MODULES = ("bilevel", "bilevel.errors", "bilevel.callbacks")
+PUBLIC_MODULES = ("bilevel", "bilevel.errors", "bilevel.callbacks", "bilevel.validation")
 
 
 def sources(package: str) -> list[Path]:

@@ -47,8 +47,10 @@ def test_a_run_leaves_adapter_plot_and_results(trained):
     # search: 2 steps of 4 / 4; retraining: 2 of 1 / 1. The baselines get as many passes.
     assert methods["bidora"]["passes"] == [10, 10]
     assert methods["lora"]["passes"] == methods["dora"]["passes"] == [10, 10]
-    # A and B of rank 4 on query and value of 6 layers of width 384, the head, and for DoRA the magnitudes
-    adapter, head, magnitude = 6 * 2 * 2 * 4 * 384, 2 * 384 + 2, 6 * 2 * 384
+    # A and B of rank 4 on the linear layers of 6 blocks of width 384 (query, key, value, output; up, down) and on the
+    # pooler, the head, and for DoRA the magnitudes
+    adapter = 4 * (6 * (4 * (384 + 384) + 2 * (384 + 1536)) + 384 + 384)
+    head, magnitude = 2 * 384 + 2, 6 * (4 * 384 + 1536 + 384) + 384
     assert methods["lora"]["trainable_parameters"] == adapter + head
     assert (
         methods["bidora"]["trainable_parameters"]
@@ -93,7 +95,7 @@ def test_evaluate_repeats_the_run_s_own_figures(trained, capsys):
 def test_analyze_lists_every_adapted_layer(trained, capsys):
     assert run("analyze", trained / "adapter") == 0
     shown = capsys.readouterr().out
-    assert shown.count("attention.self") == 12
+    assert shown.count("attention.self") == 18
     assert "slope of ΔM on ΔD" in shown
 
 
