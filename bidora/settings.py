@@ -61,7 +61,7 @@ class TrainSettings:
     alpha: float = 8.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     magnitude_learning_rate: float | None = None
     batch_size: int = 16
     search_steps: int = 20

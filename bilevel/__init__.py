@@ -1,6 +1,9 @@
 """Nested optimisation: outer problems whose losses depend on the solutions of inner problems."""
 
+from bilevel.argmin import argmin
 from bilevel.callbacks import Callback
+from bilevel.check import hypergradcheck
+from bilevel.config import RunConfig, dump_config, load_config
 from bilevel.engine import Engine
 from bilevel.errors import BilevelError
 from bilevel.hypergrad import (
@@ -11,6 +14,7 @@ from bilevel.hypergrad import (
     Identity,
     Neumann,
     Unrolled,
+    as_estimator,
     hypergradient,
 )
 from bilevel.problems import Problem
@@ -30,9 +34,15 @@ __all__ = [
     "Identity",
     "Neumann",
     "Problem",
+    "RunConfig",
     "SolveInfo",
     "Status",
     "StepResult",
     "Unrolled",
+    "argmin",
+    "as_estimator",
+    "dump_config",
+    "hypergradcheck",
     "hypergradient",
+    "load_config",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bilevel.double_backward import refuse_once_differentiable, second_derivative_errors
 from bilevel.errors import LossError, NonFiniteError
 from bilevel.randomness import Replay
 from bilevel.vector import Tensors
@@ -31,12 +32,12 @@ __all__ = [
     "PassCount",
     "buffers_protected",
     "dense_gradient",
+    "derivatives",
     "gradient",
     "independent",
     "leaves",
     "require_finite",
     "scalar_loss",
-    "second_derivative_errors",
 ]
 
 T = TypeVar("T")
@@ -225,7 +226,8 @@ class GradientGraph:
 
     Set-up costs one forward and one backward pass; a product then costs about one backward pass of ``g``, where a fresh
     graph would cost two and forward-over-reverse three. Products are *transposed* Jacobian products, ``(∂g/∂w)ᵀ q`` and
-    ``(∂g/∂λ)ᵀ q``: what the adjoint system asks for even where a stop-gradient in the loss makes ``g`` no gradient.
+    ``(∂g/∂λ)ᵀ q``: what the adjoint system asks for even where a custom backward pass makes ``g`` no gradient. How
+    ``g`` depends on w through a ``detach()`` is hidden from autograd; ``hypergradcheck`` measures that.
 
     Inner variables that do not reach the loss are inactive: the inner problem does not move them, so their response is
     zero, and they are left out of every product. Use only inside :meth:`Objective.within`.
@@ -299,14 +301,20 @@ def gradient(
         return ()
     if not value.requires_grad:
         return (None,) * len(inputs)
-    grads: tuple[Tensor | None, ...]
+    if create_graph:
+        refuse_once_differentiable(value, inputs, objective.name)
     with second_derivative_errors(objective.name):
-        grads = torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+        grads = derivatives(value, inputs, create_graph=create_graph)
     objective.passes.backward += 1
     if create_graph:
         return grads
     present = iter(objective.reduce(tuple(grad for grad in grads if grad is not None)))
     return tuple(None if grad is None else next(present) for grad in grads)
+
+
+def derivatives(value: Tensor, inputs: Tensors, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+    """Returns ``torch.autograd.grad`` of a scalar: None for an input that does not reach it, as its type should say."""
+    return torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
 
 
 def scalar_loss(value: object, name: str) -> Tensor:
@@ -349,32 +357,3 @@ def dense_gradient(grads: Sequence[Tensor | None], inputs: Tensors) -> Tensors:
 def leaves(tensors: Sequence[Tensor]) -> Tensors:
     """Returns the tensors as new leaves that require gradients, sharing their storage."""
     return tuple(part.detach().requires_grad_() for part in tensors)
-
-
-@contextmanager
-def second_derivative_errors(name: str) -> Iterator[None]:
-    """Names the operation that has no second derivative, and the way out."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        for sign, reason in _NO_SECOND_DERIVATIVE.items():
-            if sign in text:
-                raise LossError(
-                    f"the loss of {name} cannot be differentiated twice: {reason} ({text.splitlines()[0]}). Use "
-                    "method 'finite_difference', which needs first derivatives only, or replace the operation "
-                    "(for attention: the math back end, torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or eager "
-                    "attention)."
-                ) from error
-        raise
-
-
-_NO_SECOND_DERIVATIVE: Mapping[str, str] = {
-    "derivative for aten::": "an operation has no second derivative",
-    "derivative for '": "an operation has no second derivative",
-    "once_differentiable": "a custom function is differentiable once only",
-    "does not currently support double backward": "compiled graphs have no second derivative",
-    "Checkpointing is not compatible with .grad()": "reentrant checkpointing; use use_reentrant=False",
-    "When use_reentrant=True, torch.utils.checkpoint is incompatible": "reentrant checkpointing; use "
-    "use_reentrant=False",
-}

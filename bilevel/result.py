@@ -46,8 +46,8 @@ _REMEDIES = {
     Status.SINGULAR: "the inner Hessian has a null space: regularise the inner loss or set damping > 0",
     Status.DIVERGED: "lower step_size below 2 / (largest Hessian eigenvalue) or use 'auto'; if the inner loss is not "
     "convex here, use conjugate_gradient with damping",
-    Status.NOT_SYMMETRIC: "a detach() or no_grad() in the inner loss makes its gradient a field without a symmetric "
-    "Jacobian: remove it, or use 'neumann' or 'exact', which need no symmetry",
+    Status.NOT_SYMMETRIC: "a custom backward pass in the inner loss makes its gradient a field without a symmetric "
+    "Jacobian: use 'neumann' or 'exact', which need no symmetry, and see hypergradcheck",
     Status.INACCURATE: "rounding swallows the displacement: raise epsilon, or hold the inner parameters in float32 or "
     "better",
     Status.NOT_APPLICABLE: "",

@@ -81,7 +81,7 @@ class Response(ABC):
 
     @abstractmethod
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
-        """Returns ``cotangentᵀ dw*/dλ``. May be called once."""
+        """Returns ``cotangentᵀ dw*/dλ``. May be called again, as autograd does with a retained graph."""
 
 
 @dataclass(frozen=True)

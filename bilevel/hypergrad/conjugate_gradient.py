@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from bilevel.hypergrad.base import State
 from bilevel.hypergrad.implicit import Implicit
-from bilevel.linear import Operator, Solution, conjugate_gradient, damped
+from bilevel.linear import LOST, Operator, Solution, conjugate_gradient, damped
 from bilevel.result import Status
 from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors
@@ -58,6 +58,9 @@ class ConjugateGradient(Implicit):
 
     def judge(self, solution: Solution, residual: float, epsilon: float) -> Status:
         """The recursion's residual drifts from the true one by rounding; the true one decides, up to round-off."""
-        if solution.status.failed:
-            return solution.status
-        return Status.CONVERGED if residual <= max(2 * self.rtol, 100 * epsilon) else Status.STOPPED_AT_CAP
+        solved = residual <= max(2 * self.rtol, 100 * epsilon)
+        if solved and solution.status is not Status.NEGATIVE_CURVATURE:
+            return Status.CONVERGED
+        if solution.status is Status.CONVERGED and residual > LOST:
+            return Status.SINGULAR  # to working precision: the recursion converged to what is no solution
+        return Status.STOPPED_AT_CAP if solution.status is Status.CONVERGED else solution.status

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.errors import LossError, ParameterError
-from bilevel.functional import FunctionObjective, PassCount, dense_gradient, gradient, leaves, require_finite
+from bilevel.functional import FunctionObjective, Objective, PassCount, dense_gradient, gradient, leaves, require_finite
 from bilevel.hypergrad.base import Estimator, InnerProblem, State
 from bilevel.hypergrad.registry import as_estimator
 from bilevel.randomness import Replay, generator_devices
@@ -60,6 +60,7 @@ def hypergradient(
     Example:
         The inner minimum of ``(w − λ)²/2`` is ``w = λ``, so that ``F = w²/2`` has the hypergradient λ:
 
+        >>> import torch
         >>> lam = torch.tensor(3.0)
         >>> result = hypergradient(lambda w, l: (w - l) ** 2 / 2, lambda w, l: w**2 / 2, lam.clone(), lam, "cg")
         >>> result.grad, result.info.status.value
@@ -111,7 +112,7 @@ def function_objective(
     return FunctionObjective(lambda w, lam: loss(inner.rebuild(w), outer.rebuild(lam)), name, replay, passes)
 
 
-def outer_gradients(objective: FunctionObjective, inner: Tensors, outer: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+def outer_gradients(objective: Objective, inner: Tensors, outer: Tensors) -> tuple[Tensor, Tensors, Tensors]:
     """Returns F, ``∂F/∂w`` and ``∂F/∂λ``."""
 
     def body(evaluate: Callable[[], Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -83,12 +83,17 @@ def solve_adjoint(estimator: Implicit, graph: GradientGraph, v: Tensors, state: 
     status = estimator.judge(solution, residual, epsilon)
     if math.isnan(residual) or not is_finite(mixed):
         status = Status.DIVERGED
+    message = solution.message
+    if solution.status is Status.CONVERGED and status is Status.STOPPED_AT_CAP:
+        message = (
+            "rounding keeps the true residual above the tolerance: more products will not help, more precision will"
+        )
     info = SolveInfo(
         status=status,
         residual=residual,
         iterations=solution.iterations,
         products=products + 1,
         method=estimator.name,
-        message=solution.message,
+        message=message,
     )
     return Pullback(negative(mixed), info, state)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+
 from bilevel.linear.base import Operator, Solution, machine_epsilon
 from bilevel.result import Status
 from bilevel.vector import Tensors, axpy, dot, norm, zeros_like
 
 __all__ = ["conjugate_gradient"]
 
-ASYMMETRY_TOLERANCE = 1e3  # times the round-off
+# Both in units of the round-off, relative to the largest product seen.
+ASYMMETRY_TOLERANCE = 1e3
+FLAT = 10.0
+# Share of the right-hand side that rounding may take before H counts as singular.
+LOST = 0.1
 
 
 def conjugate_gradient(
@@ -31,42 +37,63 @@ def conjugate_gradient(
         ``NEGATIVE_CURVATURE``, or ``SINGULAR`` where Hp is rounding only. ``NOT_SYMMETRIC`` where ``pᵀ(Hp')`` and
         ``p'ᵀ(Hp)`` differ for two successive directions: a probe that costs no product.
     """
-    epsilon = epsilon or machine_epsilon(v)
     q, residual, direction = zeros_like(v), v, v
-    squared = float(dot(v, v))
+    squared = start = float(dot(v, v))
+    probe = _Probe(epsilon or machine_epsilon(v))
     # The recursion's residual keeps falling below what q can represent; going on only collects rounding (and NaN).
-    target = max(rtol, 0.01 * epsilon) ** 2 * squared
-    largest, asymmetry = 0.0, 0.0
-    before: tuple[Tensors, Tensors, float] | None = None
+    target = max(rtol, 0.01 * probe.epsilon) ** 2 * start
     for iteration in range(max_iterations):
         if squared <= target:
-            return _solution(q, Status.CONVERGED, iteration, asymmetry, epsilon)
+            return probe.solution(q, Status.CONVERGED, iteration, start)
         product = operator(direction)
-        curvature, length, size = float(dot(direction, product)), float(norm(direction)), float(norm(product))
-        if curvature != curvature or size == float("inf"):
-            return Solution(q, Status.DIVERGED, iteration + 1, "a Hessian product is not finite")
-        largest = max(largest, size / length)
-        if before is not None:
-            difference = float(dot(before[0], product) - dot(direction, before[1]))
-            asymmetry = max(asymmetry, abs(difference) / (largest * length * before[2]))
-        if curvature <= epsilon * largest * length**2:
-            # ‖Hp‖² ≤ λmax pᵀHp where H is semi-definite: a flat direction then has a vanishing product
-            null = abs(curvature) <= epsilon * largest * length**2 and size <= 10 * epsilon**0.5 * largest * length
-            return _solution(
-                q, Status.SINGULAR if null else Status.NEGATIVE_CURVATURE, iteration + 1, asymmetry, epsilon
-            )
-        step = squared / curvature
+        status = probe.look(direction, product)
+        if status is not None:
+            return probe.solution(q, status, iteration + 1, start)
+        step = squared / probe.curvature
         q = axpy(step, direction, q)
         residual = axpy(-step, product, residual)
-        before = direction, product, length
         previous, squared = squared, float(dot(residual, residual))
         direction = axpy(squared / previous, direction, residual)
-    status = Status.CONVERGED if squared <= target else Status.STOPPED_AT_CAP
-    return _solution(q, status, max_iterations, asymmetry, epsilon)
+    return probe.solution(q, Status.CONVERGED if squared <= target else Status.STOPPED_AT_CAP, max_iterations, start)
 
 
-def _solution(q: Tensors, status: Status, iterations: int, asymmetry: float, epsilon: float) -> Solution:
-    """Makes the result; an asymmetric H explains any other failure."""
-    if asymmetry <= ASYMMETRY_TOLERANCE * epsilon:
+class _Probe:
+    """What directions and their products tell about H: its sign, its null space, its symmetry."""
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.curvature = 0.0
+        self._largest = 0.0
+        self._asymmetry = 0.0
+        self._before: tuple[Tensors, Tensors, float] | None = None
+
+    def look(self, direction: Tensors, product: Tensors) -> Status | None:
+        """Takes a pair in; returns a status where conjugate gradients must stop."""
+        crossed = None if self._before is None else dot(self._before[0], product) - dot(direction, self._before[1])
+        numbers = [dot(direction, product), norm(direction), norm(product)] + ([] if crossed is None else [crossed])
+        self.curvature, length, size, *difference = torch.stack(numbers).tolist()
+        if self.curvature != self.curvature or size == float("inf"):
+            return Status.DIVERGED
+        self._largest = max(self._largest, size / length)
+        if self._before is not None:
+            self._asymmetry = max(self._asymmetry, abs(difference[0]) / (length * self._before[2]))
+        self._before = direction, product, length
+        flat = FLAT * self.epsilon * self._largest * length**2
+        if self.curvature > flat:
+            return None
+        # ‖Hp‖² ≤ λmax pᵀHp where H is semi-definite: a flat direction then has a vanishing product
+        vanishes = size <= 10 * self.epsilon**0.5 * self._largest * length
+        return Status.SINGULAR if vanishes and abs(self.curvature) <= flat else Status.NEGATIVE_CURVATURE
+
+    def solution(self, q: Tensors, status: Status, iterations: int, start: float) -> Solution:
+        """Makes the result. Asymmetry explains other failures, but not a singular H, whose products are noise."""
+        if status is Status.DIVERGED:
+            return Solution(q, status, iterations, "a Hessian product is not finite")
+        # Rounding of ‖H‖‖q‖ is what the recursion's residual does not see.
+        unseen = self.epsilon * self._largest * float(norm(q))
+        if status is Status.SINGULAR or (status is not Status.NEGATIVE_CURVATURE and unseen > LOST * start**0.5):
+            return Solution(q, Status.SINGULAR, iterations)
+        if self._asymmetry > ASYMMETRY_TOLERANCE * self.epsilon * self._largest:
+            asymmetry = self._asymmetry / self._largest
+            return Solution(q, Status.NOT_SYMMETRIC, iterations, f"relative asymmetry {asymmetry:.1e}")
         return Solution(q, status, iterations)
-    return Solution(q, Status.NOT_SYMMETRIC, iterations, f"relative asymmetry {asymmetry:.1e}")
