@@ -44,7 +44,7 @@ format: $(VENV)/.test-installed  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.test-installed  ## build the documentation; a warning is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove everything that was built or installed, but no results
 	rm -rf $(VENV) .ci-venv site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -223,12 +223,19 @@ class Engine:
 
         Raises:
             UnknownNameError: No outer problem has this name.
+            ConfigError: A method that differentiates inner updates, before there were any.
         """
         feed = Feed(self.streams, batches)
         if self._dependencies is None:
             self._discover(feed)
         name = self._outer_name(problem)
         passes, kept_records = self.passes.copy(), dict(self._records)
+        for inner, estimator in self.estimators.items():
+            if estimator.needs_trajectory and inner not in self._records:
+                raise ConfigError(
+                    f"method {estimator.name!r} differentiates the updates of problem {inner!r}, which has made none since "
+                    "the engine was made or loaded: take a step first"
+                )
         with preserved(self._differentiator.devices), buffers_protected(self._modules):
             for inner in self.dependencies.inner:
                 self._records.setdefault(inner, InnerRecord([feed.peek(inner)]))

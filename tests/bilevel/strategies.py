@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -18,12 +19,15 @@ from torch import Tensor
 DOUBLE = torch.float64
 EPSILON = torch.finfo(DOUBLE).eps
 
+# The slow variants run ten times as many examples; continuous integration has time for three times as many.
+LONG = 3 if os.environ.get("HYPOTHESIS_PROFILE") == "ci-slow" else 10
+
 EXAMPLES: Counter[str] = Counter()
 """Generated examples by test, for the summary."""
 
 
 def forall(fast: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs a test on ``fast`` generated examples, and on ten times as many in its slow variant.
+    """Runs a test on ``fast`` generated examples, and on :data:`LONG` times as many in its slow variant.
 
     A strategy may be a function of the test's instance (``self``). The decorated test may also be a plain function.
     """
@@ -55,7 +59,7 @@ def forall(fast: int, **strategies: Any) -> Callable[[Callable[..., None]], Call
 
         runner = method if in_class else function
         runner.__name__, runner.__doc__ = test.__name__, test.__doc__
-        slow = pytest.param(10, marks=pytest.mark.slow, id="long")
+        slow = pytest.param(LONG, marks=pytest.mark.slow, id="long")
         return pytest.mark.parametrize("factor", [pytest.param(1, id="fast"), slow])(runner)
 
     return decorate

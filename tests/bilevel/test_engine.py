@@ -558,6 +558,15 @@ def test_clipping_and_schedules_are_the_problems_own():
         make(Unrolled(steps=2, learning_rate=0.1))
 
 
+def test_unrolling_needs_updates_to_differentiate():
+    with pytest.warns(BilevelWarning, match="learning_rate is not used"):
+        engine = make(Unrolled(steps=2, learning_rate=0.3))
+    with pytest.raises(ConfigError, match="take a step first"):
+        engine.hypergradient()
+    engine.step()
+    assert torch.isfinite(engine.hypergradient().grad["0"])
+
+
 def test_same_seed_same_run_and_another_seed_another_order():
     runs = []
     for seed in (0, 0, 1):
