@@ -233,8 +233,8 @@ class Engine:
         for inner, estimator in self.estimators.items():
             if estimator.needs_trajectory and inner not in self._records:
                 raise ConfigError(
-                    f"method {estimator.name!r} differentiates the updates of problem {inner!r}, which has made none since "
-                    "the engine was made or loaded: take a step first"
+                    f"method {estimator.name!r} differentiates the updates of problem {inner!r}, which has made none "
+                    "since the engine was made or loaded: take a step first"
                 )
         with preserved(self._differentiator.devices), buffers_protected(self._modules):
             for inner in self.dependencies.inner:
