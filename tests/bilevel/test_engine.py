@@ -60,9 +60,7 @@ class Classifier(Problem):
 
     def loss(self, batch):
         x, y = batch
-        decay = self.decay.module[0].exp() * sum(p.square().sum() for p in self.parameters)
         penalty = self.decay.module[0].exp() * sum(p.square().sum() for p in self.module.parameters())
-        assert decay.shape == penalty.shape
         return {"loss": F.cross_entropy(self(x), y) + penalty, "penalty": penalty}
 
 
