@@ -68,6 +68,7 @@ def test_another_structure_is_refused_with_the_differences(tmp_path):
     with pytest.raises(CheckpointError, match=r"0.weight: shape \(6, 4\), expected \(5, 4\)"):
         other.load(tmp_path / "state")
     assert same(before, state_of(other))
+
     class Renamed(Classifier):
         def loss(self, batch):
             return self(batch[0]).sum() * self.other.module[0]
