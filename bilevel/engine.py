@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -291,10 +292,14 @@ class Engine:
         dependencies = self.dependencies
         for name in reversed([name for name in self.problems if name in dependencies.inner]):
             self._update_inner(self.problems[name], feed, report)
-        if self.config.hypergradient_batch == "fresh":
-            for name in dependencies.inner:
+        for name in dependencies.inner:
+            record = self._records[name]
+            if self.config.hypergradient_batch == "fresh":
                 fresh = [feed.next(name) for _ in range(self.config.num_hypergradient_batches)]
-                self._records[name] = InnerRecord(fresh, trajectory=self._records[name].trajectory)
+                record = self._records[name] = InnerRecord(fresh, trajectory=record.trajectory)
+            wanted = self.estimators[name].num_samples
+            if wanted > 1:
+                record.samples = [feed.next(name) for _ in range(wanted)]
         gradients = [(self.problems[n], self._total(self.problems[n], feed.next(n))) for n in dependencies.outer]
         for problem, result in gradients:
             report.solves.update(result.solves)
@@ -302,17 +307,25 @@ class Engine:
             self.estimator_states.setdefault(problem.name, {}).update(result.states)
 
     def _update_inner(self, problem: Problem, feed: Feed, report: _Report) -> None:
-        recorded = self.estimators[problem.name].needs_trajectory
+        estimator = self.estimators[problem.name]
+        first_recorded = problem.steps
+        if estimator.needs_trajectory:
+            first_recorded = max(0, problem.steps - (estimator.recorded_steps or problem.steps))
         trajectory: list[RecordedUpdate] = []
-        for _ in range(problem.steps):
+        for place in range(problem.steps):
+            last = place == problem.steps - 1
+            above = self.dependencies.responds_to(problem.name) if last and estimator.needs_outer_gradient else ()
             batch = feed.next(problem.name)
             generators = capture(self._differentiator.devices)
-            if recorded:
+            if place >= first_recorded:
                 assert problem.optimizer is not None
                 update, memory = update_of(problem.optimizer, problem.parameters)
                 inner = tuple(p.detach().clone() for p in problem.parameters)
                 trajectory.append(RecordedUpdate(batch, generators, inner, memory, update))
-            self._check_and_update(problem, self._differentiator.plain(problem, batch), report)
+            result, outer_gradient = self._differentiator.plain(problem, batch, above)
+            if trajectory and last:
+                trajectory[-1] = replace(trajectory[-1], gradient=result.gradient, outer_gradient=outer_gradient)
+            self._check_and_update(problem, result, report)
         self._records[problem.name] = InnerRecord([batch], generators, trajectory)
 
     def _check_and_update(self, problem: Problem, result: LossGradient, report: _Report) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,7 +25,6 @@ from bilevel.vector import Tensors
 __all__ = [
     "Evaluate",
     "FunctionObjective",
-    "GradientGraph",
     "ModuleObjective",
     "Objective",
     "ParameterSlots",
@@ -36,12 +35,12 @@ __all__ = [
     "gradient",
     "independent",
     "leaves",
+    "loss_and_outputs",
     "require_finite",
     "scalar_loss",
 ]
 
 T = TypeVar("T")
-Evaluate = Callable[[], Tensor]
 Reduce = Callable[[Tensors], Tensors]
 
 
@@ -59,6 +58,21 @@ class PassCount:
     def since(self, earlier: PassCount) -> tuple[int, int]:
         """Returns the (forward, backward) passes taken since a snapshot."""
         return self.forward - earlier.forward, self.backward - earlier.backward
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """One pass of a loss, as often as it is called."""
+
+    run: Callable[[], tuple[Tensor, Tensors]]
+
+    def __call__(self) -> Tensor:
+        """Returns the loss."""
+        return self.run()[0]
+
+    def with_outputs(self) -> tuple[Tensor, Tensors]:
+        """Returns the loss and the model's outputs that it named, if any."""
+        return self.run()
 
 
 class Objective(ABC):
@@ -85,7 +99,7 @@ class Objective(ABC):
         parameters are in place at that moment.
         """
 
-    def _evaluate(self, loss: Callable[[], object]) -> Tensor:
+    def _evaluate(self, loss: Callable[[], object]) -> tuple[Tensor, Tensors]:
         devices = {"cpu", *(device for device in ("cuda", "xpu", "mps") if torch.is_autocast_enabled(device))}
         with ExitStack() as stack:
             for device in devices:  # products and solves stay in full precision, whatever autocast does elsewhere
@@ -93,9 +107,9 @@ class Objective(ABC):
                     stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(self.replay())
             stack.enter_context(torch.enable_grad())
-            value = scalar_loss(loss(), self.name)
+            value, outputs = loss_and_outputs(loss(), self.name)
         self.passes.forward += 1
-        return value
+        return value, outputs
 
 
 class FunctionObjective(Objective):
@@ -114,7 +128,7 @@ class FunctionObjective(Objective):
 
     def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
         """See :meth:`Objective.within`."""
-        return body(lambda: self._evaluate(lambda: self._function(inner, outer)))
+        return body(Evaluate(lambda: self._evaluate(lambda: self._function(inner, outer))))
 
 
 class ParameterSlots:
@@ -218,75 +232,7 @@ class ModuleObjective(Objective):
             self._slots.buffers_protected(),
             self._slots.swapped(self._live_inner + self._live_outer, inner + outer),
         ):
-            return body(lambda: self._evaluate(self._loss))
-
-
-class GradientGraph:
-    """The gradient ``g = ∂f/∂w`` at one point with its graph retained, for any number of products.
-
-    Set-up costs one forward and one backward pass; a product then costs about one backward pass of ``g``, where a fresh
-    graph would cost two and forward-over-reverse three. Products are *transposed* Jacobian products, ``(∂g/∂w)ᵀ q`` and
-    ``(∂g/∂λ)ᵀ q``: what the adjoint system asks for even where a custom backward pass makes ``g`` no gradient. How
-    ``g`` depends on w through a ``detach()`` is hidden from autograd; ``hypergradcheck`` measures that.
-
-    Inner variables that do not reach the loss are inactive: the inner problem does not move them, so their response is
-    zero, and they are left out of every product. Use only inside :meth:`Objective.within`.
-
-    Args:
-        objective: Whose gradient.
-        evaluate: What ``within`` passes to its body.
-        inner: The inner variables, leaves that require gradients.
-        outer: The outer variables, likewise.
-
-    Attributes:
-        value: The loss.
-        active: Which inner variables reach the loss.
-        gradient: ``g`` over the active variables.
-
-    Raises:
-        LossError: No inner variable reaches the loss.
-        NonFiniteError: The loss is NaN or infinite.
-    """
-
-    def __init__(self, objective: Objective, evaluate: Evaluate, inner: Tensors, outer: Tensors) -> None:
-        self._objective = objective
-        self._outer = outer
-        value = evaluate()
-        require_finite(value, objective.name)
-        grads = gradient(value, inner, objective, create_graph=True)
-        self.value = value.detach()
-        self.active = tuple(grad is not None for grad in grads)
-        if not any(self.active):
-            raise independent(objective.name)
-        self._inner = self.select(inner)
-        self.gradient: Tensors = tuple(grad for grad in grads if grad is not None)
-
-    def select(self, vector: Sequence[Tensor]) -> Tensors:
-        """Returns the active parts of a vector over all inner variables."""
-        return tuple(part for part, active in zip(vector, self.active, strict=True) if active)
-
-    def hessian(self, q: Tensors) -> Tensors:
-        """Returns ``(∂g/∂w)ᵀ q`` over the active variables (the Hessian product, where ``g`` is a gradient)."""
-        return self._pull(q, self._inner, retain=True)
-
-    def mixed(self, q: Tensors) -> Tensors:
-        """Returns ``(∂g/∂λ)ᵀ q`` and frees the graph."""
-        return self._pull(q, self._outer, retain=False)
-
-    def hessian_and_mixed(self, q: Tensors) -> tuple[Tensors, Tensors]:
-        """Returns both products in one backward pass, and frees the graph: the true residual comes with the answer."""
-        both = self._pull(q, self._inner + self._outer, retain=False)
-        return both[: len(self._inner)], both[len(self._inner) :]
-
-    def _pull(self, q: Tensors, inputs: Tensors, *, retain: bool) -> Tensors:
-        pairs = [(g, part.to(g.dtype)) for g, part in zip(self.gradient, q, strict=True) if g.requires_grad]
-        if not pairs or not inputs:  # f is linear in w with constant coefficients: all second derivatives vanish
-            return tuple(torch.zeros_like(part) for part in inputs)
-        outputs, cotangents = zip(*pairs, strict=True)
-        with second_derivative_errors(self._objective.name):
-            grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain, allow_unused=True)
-        self._objective.passes.backward += 1
-        return self._objective.reduce(dense_gradient(grads, inputs))
+            return body(Evaluate(lambda: self._evaluate(self._loss)))
 
 
 def gradient(
@@ -315,6 +261,25 @@ def gradient(
 def derivatives(value: Tensor, inputs: Tensors, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
     """Returns ``torch.autograd.grad`` of a scalar: None for an input that does not reach it, as its type should say."""
     return torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+
+
+def loss_and_outputs(result: object, name: str) -> tuple[Tensor, Tensors]:
+    """Returns the scalar loss and the model's outputs: a loss is a tensor, or a mapping with ``"loss"`` and more.
+
+    Raises:
+        LossError: A mapping without ``"loss"``, outputs that are no tensors, or what :func:`scalar_loss` refuses.
+    """
+    if not isinstance(result, Mapping):
+        return scalar_loss(result, name), ()
+    if "loss" not in result:
+        raise LossError(
+            f"the loss of {name} returned a mapping without 'loss'; it has: {', '.join(map(str, result)) or 'nothing'}"
+        )
+    outputs = result.get("outputs", ())
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    if not all(isinstance(part, Tensor) for part in outputs):
+        raise LossError(f"the 'outputs' of the loss of {name} must be a tensor or a sequence of tensors")
+    return scalar_loss(result["loss"], name), outputs
 
 
 def scalar_loss(value: object, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from bilevel.errors import ConfigError
 from bilevel.vector import Tensors
 
-__all__ = ["GradientDescent", "Update", "update_of"]
+__all__ = ["GradientDescent", "Update", "curvature_of", "update_of"]
 
 Update = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 
@@ -58,6 +58,34 @@ def update_of(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[Update, T
     rules = [_RULES[kind](settings[id(p)], optimizer.state.get(p, {})) for p in params]
     memory = tuple(t for p, rule in zip(params, rules, strict=True) for t in rule.memory_of(p))
     return _PerParameter(tuple(rules)), memory
+
+
+def curvature_of(optimizer: Optimizer, params: Sequence[Tensor]) -> Tensors | None:
+    """Returns what an adaptive optimiser divides gradients by, a positive diagonal that stands for the curvature.
+
+    ``√(s / (1 − β₂ᵗ)) + ε`` of Adam and AdamW with the second moment s, ``√s + ε`` of RMSprop (with the variance for s
+    where centred) and Adagrad. None for other optimisers, and before their first update.
+    """
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad)):
+        return None
+    settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = []
+    for p in params:
+        state, group = optimizer.state.get(p, {}), settings[id(p)]
+        if isinstance(optimizer, torch.optim.Adagrad):
+            square = state.get("sum")
+        elif isinstance(optimizer, torch.optim.RMSprop):
+            square = state.get("square_avg")
+            mean = state.get("grad_avg")
+            square = square - mean.square() if square is not None and mean is not None else square
+        else:
+            square = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+            if square is not None:
+                square = square / (1 - group["betas"][1] ** float(state["step"]))
+        if square is None:
+            return None
+        found.append(square.clamp_min(0).sqrt() + group["eps"])
+    return tuple(found)
 
 
 @dataclass(frozen=True)

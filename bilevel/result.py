@@ -64,7 +64,12 @@ class SolveInfo:
             not from a recursion; NaN where nothing is solved (identity inverse, unrolling).
         iterations: Iterations of the solver, or steps that were unrolled.
         products: Second-order products taken (Hessian and mixed); for finite differences, the gradient passes.
-        error_bound: An upper bound of the relative error of the hypergradient, or None where none is known.
+        error_bound: An upper bound of ``‖hypergradient − true hypergradient‖`` (Euclidean norm, in the hypergradient's
+            units), or None where none is known.
+        error_bound_basis: What the bound rests on: ``"given"`` constants, or constants that were ``"estimated"``;
+            and whether it speaks of the hypergradient at the given inner parameters only, or at the inner solution.
+        inner_gradient_norm: ``‖∂f/∂w‖`` where the inner loss was differentiated: how far from solved the inner problem
+            is; NaN where the method does not see it.
         method: Name of the method.
         message: What else is worth knowing: the step size or ε that was chosen, a truncation.
     """
@@ -74,6 +79,8 @@ class SolveInfo:
     iterations: int = 0
     products: int = 0
     error_bound: float | None = None
+    error_bound_basis: str = ""
+    inner_gradient_norm: float = math.nan
     method: str = ""
     message: str = ""
 
@@ -82,7 +89,10 @@ class SolveInfo:
         residual = "" if math.isnan(self.residual) else f", relative residual {self.residual:.2e}"
         remedy = f" — {self.status.remedy}" if self.status.remedy else ""
         message = f" ({self.message})" if self.message else ""
-        return f"{self.method}: {self.status.value} after {self.iterations} iterations{residual}{message}{remedy}"
+        bound = "" if self.error_bound is None else f", error at most {self.error_bound:.2e} ({self.error_bound_basis})"
+        return (
+            f"{self.method}: {self.status.value} after {self.iterations} iterations{residual}{bound}{message}{remedy}"
+        )
 
 
 @dataclass(frozen=True)

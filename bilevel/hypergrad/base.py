@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from bilevel.errors import ConfigError
 from bilevel.functional import Objective
 from bilevel.optim import Update
 from bilevel.result import SolveInfo
@@ -30,12 +31,16 @@ class InnerStep:
         inner: The inner parameters before the step (copies).
         memory: The optimiser's state tensors before the step (copies).
         update: The optimiser's update as a differentiable function.
+        gradient: The inner gradient that the update consumed; kept of the last step only.
+        outer_gradient: ``∂f/∂λ`` at the same point, on the same batch, where the estimator asked for it.
     """
 
     objective: Objective
     inner: Tensors
     memory: Tensors
     update: Update
+    gradient: Tensors | None = None
+    outer_gradient: Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,22 @@ class InnerProblem:
         inner: ``w``, leaves that require gradients.
         outer: ``λ``, likewise: the parameters of all problems above that reach the loss.
         trajectory: The updates that led to ``inner``, oldest first; empty where they were not recorded.
+        samples: The inner loss on separate batches, for methods that want more than one; ``objective`` alone where
+            there are none.
+        diagonal: What the inner optimiser takes for the diagonal of the curvature (``√v̂ + ε`` of Adam); None where it
+            keeps none.
     """
 
     objective: Objective
     inner: Tensors
     outer: Tensors
     trajectory: Sequence[InnerStep] = ()
+    samples: Sequence[Objective] = ()
+    diagonal: Tensors | None = None
+
+    def sample(self, place: int) -> Objective:
+        """Returns the inner loss on one of the separate batches, counted round and round."""
+        return self.samples[place % len(self.samples)] if self.samples else self.objective
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,26 @@ class Estimator(ABC):
     needs_trajectory: ClassVar[bool] = False
     """Whether the inner problem's updates must be recorded."""
 
+    @property
+    def recorded_steps(self) -> int | None:
+        """How many of the last inner updates must be recorded, where any must; None for all of them."""
+        return None
+
+    @property
+    def needs_outer_gradient(self) -> bool:
+        """Whether the last inner update's backward pass must also return ``∂f/∂λ``."""
+        return False
+
+    @property
+    def num_samples(self) -> int:
+        """How many separate inner batches are wanted."""
+        return 1
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether the method makes no sense without the state of the call before."""
+        return False
+
     @abstractmethod
     def respond(self, problem: InnerProblem) -> Response:
         """Returns the best response of a problem, ready for its pullback."""
@@ -112,6 +147,18 @@ class Estimator(ABC):
     def describe(self) -> dict[str, Any]:
         """Returns the configuration: ``{"method": name, field: value, …}``."""
         return {"method": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+    def __str__(self) -> str:
+        """Names the method and the fields that differ from their defaults."""
+        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        changed = [f"{field.name}={value!r}" for field, value in values if value != field.default]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def refuse_without_state(estimator: Estimator, remedy: str) -> None:
+    """Raises :class:`~bilevel.errors.ConfigError` for a method that continues from the state of its last call."""
+    if estimator.needs_state:
+        raise ConfigError(f"method {estimator} continues from the state of its last call: {remedy}")
 
 
 def negative(tensors: Sequence[Tensor]) -> Tensors:

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bilevel.hypergrad.base import State
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.linear import LOST, Operator, Solution, conjugate_gradient, damped
+from bilevel.hypergrad.implicit import Iterative, System
+from bilevel.linear import LOST, Solution, conjugate_gradient
 from bilevel.result import Status
 from bilevel.validation import check_integer, check_number
-from bilevel.vector import Tensors
 
 __all__ = ["ConjugateGradient"]
 
 
 @dataclass(frozen=True)
-class ConjugateGradient(Implicit):
+class ConjugateGradient(Iterative):
     """Solves ``(H + δI) q = v`` by conjugate gradients, stopped by the residual.
 
     After k iterations the error in the H-norm is at most ``2 ((√κ − 1)/(√κ + 1))ᵏ`` of the solution's. Sources:
@@ -42,19 +41,17 @@ class ConjugateGradient(Implicit):
 
     def __post_init__(self) -> None:
         """Validates the fields."""
+        super().__post_init__()
         check_integer("ConjugateGradient", "max_iterations", self.max_iterations, minimum=1)
         check_number("ConjugateGradient", "rtol", self.rtol, minimum=0.0)
         check_number("ConjugateGradient", "damping", self.damping, minimum=0.0)
 
-    def regularisation(self) -> float:
-        """See :meth:`Implicit.regularisation`."""
-        return self.damping
-
-    def solve(self, operator: Operator, v: Tensors, state: State, epsilon: float) -> tuple[Solution, State]:
+    def solve(self, system: System) -> tuple[Solution, State]:
         """See :meth:`Implicit.solve`."""
-        system = damped(operator, self.damping)
-        solution = conjugate_gradient(system, v, max_iterations=self.max_iterations, rtol=self.rtol, epsilon=epsilon)
-        return solution, state
+        solution = conjugate_gradient(
+            system.operator, system.v, max_iterations=self.max_iterations, rtol=self.rtol, epsilon=system.epsilon
+        )
+        return solution, {}
 
     def judge(self, solution: Solution, residual: float, epsilon: float) -> Status:
         """The recursion's residual drifts from the true one by rounding; the true one decides, up to round-off."""

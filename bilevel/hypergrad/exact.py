@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bilevel.hypergrad.base import State
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.linear import Operator, Solution, damped, dense
+from bilevel.hypergrad.implicit import Implicit, System
+from bilevel.linear import Solution, dense
 from bilevel.validation import check_number
-from bilevel.vector import Tensors
 
 __all__ = ["Exact"]
 
@@ -37,12 +36,9 @@ class Exact(Implicit):
 
     def __post_init__(self) -> None:
         """Validates the fields."""
+        super().__post_init__()
         check_number("Exact", "damping", self.damping, minimum=0.0)
 
-    def regularisation(self) -> float:
-        """See :meth:`Implicit.regularisation`."""
-        return self.damping
-
-    def solve(self, operator: Operator, v: Tensors, state: State, epsilon: float) -> tuple[Solution, State]:
+    def solve(self, system: System) -> tuple[Solution, State]:
         """See :meth:`Implicit.solve`."""
-        return dense(damped(operator, self.damping), v, epsilon=epsilon), state
+        return dense(system.operator, system.v, epsilon=system.epsilon), {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from bilevel.functional import (
     require_finite,
 )
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
+from bilevel.products import difference_length, displaced, lost_to_rounding
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_number
 from bilevel.vector import Tensors, is_finite, norm, promote
@@ -62,13 +62,6 @@ class FiniteDifference(Estimator):
         """See :meth:`Estimator.respond`. Nothing is computed until the pullback."""
         return _DifferenceResponse(self, problem)
 
-    def displacement(self, inner: Tensors) -> float:
-        """Returns ε for these inner parameters."""
-        if not isinstance(self.epsilon, str):
-            return self.epsilon
-        roundoff = max(torch.finfo(part.dtype).eps for part in inner)
-        return float(roundoff ** (1 / 3) * math.sqrt(1 + float(norm([part.detach() for part in inner]))))
-
 
 @dataclass(frozen=True)
 class _DifferenceResponse(Response):
@@ -87,11 +80,11 @@ class _DifferenceResponse(Response):
         if size == 0.0:  # the outer loss is flat in the inner parameters
             zeros = tuple(torch.zeros_like(part) for part in outer)
             return Pullback(zeros, SolveInfo(Status.NOT_APPLICABLE, method=name), state)
-        epsilon = self.estimator.displacement(inner)
+        epsilon = difference_length(self.estimator.epsilon, inner)
         with torch.no_grad():
             moves = tuple(step * (epsilon / size) for step in v)
-            ahead, behind = _displaced(inner, moves, 1), _displaced(inner, moves, -1)
-            lost = _lost_to_rounding(ahead, behind, moves)
+            ahead, behind = displaced(inner, moves, 1), displaced(inner, moves, -1)
+            lost = lost_to_rounding(ahead, behind, moves)
         forward, backward = (_outer_gradient(objective, place, outer) for place in (ahead, behind))
         half = size / (2 * epsilon)
         mixed = tuple(
@@ -106,16 +99,6 @@ class _DifferenceResponse(Response):
         message = f"epsilon {epsilon:.3g}, norm of direction {size:.3g}, rounding of the displacement {lost:.0e}"
         info = SolveInfo(status, products=2, method=name, message=message)
         return Pullback(negative(mixed), info, state)
-
-
-def _displaced(inner: Tensors, moves: Tensors, sign: int) -> Tensors:
-    return tuple((part.detach() + sign * move).to(part.dtype) for part, move in zip(inner, moves, strict=True))
-
-
-def _lost_to_rounding(ahead: Tensors, behind: Tensors, moves: Tensors) -> float:
-    """Returns the relative error that rounding to the parameters' dtype leaves in the displacement."""
-    errors = [(a.to(move.dtype) - b.to(move.dtype)) - 2 * move for a, b, move in zip(ahead, behind, moves, strict=True)]
-    return float(norm(errors) / (2 * norm(moves)))
 
 
 def _require_dependence(objective: Objective, inner: Tensors, outer: Tensors) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.errors import LossError, ParameterError
 from bilevel.functional import FunctionObjective, Objective, PassCount, dense_gradient, gradient, leaves, require_finite
-from bilevel.hypergrad.base import Estimator, InnerProblem, State
+from bilevel.hypergrad.base import Estimator, InnerProblem, State, refuse_without_state
 from bilevel.hypergrad.registry import as_estimator
 from bilevel.randomness import Replay, generator_devices
 from bilevel.result import Hypergradient
@@ -18,8 +18,8 @@ from bilevel.vector import Tensors, add
 
 __all__ = ["Loss", "function_objective", "hypergradient", "variables"]
 
-Loss = Callable[[Any, Any], Tensor]
-"""``(inner_params, outer_params) -> scalar tensor``."""
+Loss = Callable[[Any, Any], Any]
+"""``(inner_params, outer_params) -> scalar tensor``, or a mapping with ``"loss"`` and the model's ``"outputs"``."""
 
 
 def hypergradient(
@@ -42,7 +42,8 @@ def hypergradient(
         inner_params: w: a tensor, or a sequence or mapping of tensors. Implicit methods take it as the minimum of f.
         outer_params: λ, likewise. A frozen ``nn.Parameter`` is a constant, here and in ``inner_params``.
         method: An estimator, its name, or a mapping with ``method`` and its fields; see ``bilevel methods``.
-        state: The ``.state`` of an earlier result with the same method, to reuse what it learnt.
+        state: The ``.state`` of an earlier result with the same method, to reuse what it learnt; ``{}`` at the first
+            call of a method that continues from its last one.
 
     Returns:
         The hypergradient: ``.grad`` and ``.direct`` with the structure of ``outer_params``, ``.info`` with how the
@@ -54,6 +55,7 @@ def hypergradient(
         NonFiniteError: A loss that is NaN or infinite.
         ParameterError: Parameters that are no real floating-point tensors, or that are inner and outer at once.
         UnknownNameError: An unknown method or field.
+        ConfigError: A method that continues from its last call (a warm start, an auxiliary iterate) without ``state``.
 
     Cost: 1 forward and 1 backward pass of F, and the method's passes of f.
 
@@ -67,6 +69,8 @@ def hypergradient(
         (tensor(3.), 'converged')
     """
     estimator = as_estimator(method)
+    if state is None:
+        refuse_without_state(estimator, "pass state={} at the first call, and result.state to the next")
     inner, inner_structure, outer, outer_structure = variables(inner_params, outer_params)
     passes = PassCount()
     replay = Replay(generator_devices(inner + outer))

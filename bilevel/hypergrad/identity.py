@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bilevel.functional import Evaluate, GradientGraph
+from bilevel.functional import Evaluate
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
+from bilevel.products import GradientGraph
 from bilevel.result import SolveInfo, Status
 from bilevel.vector import Tensors, is_finite
 

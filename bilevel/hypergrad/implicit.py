@@ -1,4 +1,4 @@
-"""Implicit differentiation: a linear solver on products from one retained gradient graph.
+"""Implicit differentiation: linear solver × curvature × way of taking products.
 
 At a minimum of the inner loss ``g(w, λ) = ∂f/∂w = 0``, and so ``vᵀ dw*/dλ = −qᵀ ∂g/∂λ`` with ``(∂g/∂w)ᵀ q = v``.
 """
@@ -7,36 +7,136 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from bilevel.functional import Evaluate, GradientGraph
+from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
-from bilevel.linear import Operator, Solution, machine_epsilon
+from bilevel.hypergrad.certificate import Bound, Certificate, as_certificate
+from bilevel.linear import Operator, Solution, damped, machine_epsilon
+from bilevel.products import DifferenceProducts, GaussNewtonGraph, GradientGraph, Products
 from bilevel.result import SolveInfo, Status
+from bilevel.validation import check_choice, check_number
 from bilevel.vector import Tensors, axpy, is_finite, norm, promote, scale, subtract
 
-__all__ = ["Implicit"]
+__all__ = ["Implicit", "Iterative", "System"]
+
+TOLERATED_ROUNDING = 0.1
+SOLUTION = "solution"
+
+
+@dataclass(frozen=True)
+class System:
+    """The adjoint system ``(H + δI) q = v`` as a solver gets it.
+
+    Attributes:
+        operator: The product with ``H + δI``; every call is counted.
+        v: The right-hand side, rescaled by a power of two to a norm near 1.
+        epsilon: Relative round-off of the products.
+        start: The solution of the call before, in the same scale, where the method starts from it.
+        diagonal: What the inner optimiser takes for the diagonal of H, or None.
+        state: What the method kept at its last call.
+    """
+
+    operator: Operator
+    v: Tensors
+    epsilon: float
+    start: Tensors | None = None
+    diagonal: Tensors | None = None
+    state: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Implicit(Estimator):
-    """Base of the methods that solve the adjoint system; a subclass supplies the solver."""
+    """Base of the methods that solve the adjoint system; a subclass supplies the solver.
+
+    Attributes:
+        curvature: H: ``"hessian"``, or ``"gauss_newton"``, the positive semi-definite part of it; the inner loss then
+            returns ``{"loss": …, "outputs": …}``.
+        products: How second-order products are taken: ``"autodiff"`` on a retained graph, or ``"finite_difference"`` of
+            first derivatives (2 forward and 2 backward passes each), where no double backward exists.
+        difference_step: ε of ``"finite_difference"``, see :class:`~bilevel.FiniteDifference`.
+        certificate: What is known of the losses; an error bound then comes with the answer.
+    """
+
+    curvature: str = field(default="hessian", kw_only=True)
+    products: str = field(default="autodiff", kw_only=True)
+    difference_step: float | str = field(default="auto", kw_only=True)
+    certificate: Certificate | None = field(default=None, kw_only=True)
+
+    refuses_gauss_newton: ClassVar[str] = ""
+    """Why the solver makes no sense with a positive semi-definite curvature; empty where it does."""
+
+    def __post_init__(self) -> None:
+        """Validates the shared fields; a subclass calls it."""
+        owner = type(self).__name__
+        check_choice(owner, "curvature", self.curvature, ("hessian", "gauss_newton"))
+        check_choice(owner, "products", self.products, ("autodiff", "finite_difference"))
+        check_number(owner, "difference_step", self.difference_step, minimum=0.0, exclusive=True, auto=True)
+        object.__setattr__(self, "certificate", as_certificate(owner, self.certificate))
+        if self.curvature == "gauss_newton" and self.refuses_gauss_newton:
+            raise ConfigError(f"{owner}(curvature='gauss_newton'): {self.refuses_gauss_newton}")
+        if self.products == "autodiff":
+            if self.difference_step != "auto":
+                raise ConfigError(f"{owner}.difference_step belongs to products='finite_difference'")
+            return
+        if self.curvature == "gauss_newton":
+            raise ConfigError(
+                f"{owner}: curvature='gauss_newton' is taken by autodiff; with products='finite_difference' use "
+                "curvature='hessian'"
+            )
+        if self.certificate is not None:
+            raise ConfigError(
+                f"{owner}: a certificate needs products='autodiff', since the error of a difference has no known bound"
+            )
 
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`. Nothing is computed until the pullback."""
         return _ImplicitResponse(self, problem)
 
     @abstractmethod
-    def solve(self, operator: Operator, v: Tensors, state: State, epsilon: float) -> tuple[Solution, State]:
-        """Solves ``H q = v`` for the (undamped) ``operator``, whose products have relative round-off ``epsilon``."""
+    def solve(self, system: System) -> tuple[Solution, State]:
+        """Solves ``(H + δI) q = v``; returns the solution and what the method wants back at its next call."""
 
     def regularisation(self) -> float:
-        """Returns δ of the system ``(H + δI) q = v`` that :meth:`solve` solves and the residual is taken of."""
-        return 0.0
+        """Returns δ of the system ``(H + δI) q = v`` that is solved and the residual is taken of."""
+        return float(getattr(self, "damping", 0.0))
 
     def judge(self, solution: Solution, residual: float, epsilon: float) -> Status:
         """Returns the status in the light of the true residual."""
         return solution.status
+
+    def starts_warm(self) -> bool:
+        """Whether the solution of one call is where the next one starts."""
+        return False
+
+
+@dataclass(frozen=True)
+class Iterative(Implicit):
+    """Base of the methods whose solver can start from an earlier solution.
+
+    Attributes:
+        warm_start: Start from the solution of the call before, which the state carries. In an engine that is the last
+            outer step; as a function pass ``state={}`` at first and each result's ``state`` to the next call.
+    """
+
+    warm_start: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Validates the shared fields."""
+        super().__post_init__()
+        if not isinstance(self.warm_start, bool):
+            raise ConfigError(f"{type(self).__name__}.warm_start must be True or False, not {self.warm_start!r}")
+
+    @property
+    def needs_state(self) -> bool:
+        """A warm start does."""
+        return self.warm_start
+
+    def starts_warm(self) -> bool:
+        """See :meth:`Implicit.starts_warm`."""
+        return self.warm_start
 
 
 @dataclass(frozen=True)
@@ -49,51 +149,103 @@ class _ImplicitResponse(Response):
         return self.problem.inner
 
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
-        inner, outer = self.problem.inner, self.problem.outer
+        def solved(products: Products) -> Pullback:
+            diagonal = self.problem.diagonal
+            diagonal = None if diagonal is None else promote(products.select(diagonal))
+            return solve_adjoint(self.estimator, products, promote(products.select(cotangent)), state, diagonal)
 
-        def body(evaluate: Evaluate) -> Pullback:
-            graph = GradientGraph(self.problem.objective, evaluate, inner, outer)
-            return solve_adjoint(self.estimator, graph, promote(graph.select(cotangent)), state)
-
-        return self.problem.objective.within(inner, outer, body)
+        return with_products(self.estimator, self.problem, solved)
 
 
-def solve_adjoint(estimator: Implicit, graph: GradientGraph, v: Tensors, state: State) -> Pullback:
-    """Solves the adjoint system on a gradient graph; the last product gives answer and true residual together."""
-    products = 0
+def with_products(estimator: Implicit, problem: InnerProblem, body: Callable[[Products], Pullback]) -> Pullback:
+    """Returns ``body`` of the products that an estimator asks for."""
+    inner, outer, objective = problem.inner, problem.outer, problem.objective
+    if estimator.products == "finite_difference":
+        return body(DifferenceProducts(objective, inner, outer, estimator.difference_step))
+    kind = GaussNewtonGraph if estimator.curvature == "gauss_newton" else GradientGraph
+    return objective.within(inner, outer, lambda evaluate: body(kind(objective, evaluate, inner, outer)))
 
-    def operator(q: Tensors) -> Tensors:
-        nonlocal products
-        products += 1
-        return promote(graph.hessian(q))
 
-    epsilon = max(machine_epsilon(graph.gradient), machine_epsilon(v))
+def solve_adjoint(
+    estimator: Implicit, products: Products, v: Tensors, state: State, diagonal: Tensors | None = None
+) -> Pullback:
+    """Solves the adjoint system; the last product gives answer and true residual together."""
+    system, counted = _Counted(products), estimator.regularisation()
+    epsilon = max(products.roundoff(), machine_epsilon(v))
     size = float(norm(v))
     # Inner products of a tiny or huge cotangent leave the range of float32; a power of two rescales without rounding.
     unit = 2.0 ** max(-100, min(100, math.frexp(size)[1])) if math.isfinite(size) else 1.0
     v = scale(1 / unit, v)
     if size == 0.0:  # the outer loss is flat in the inner parameters
-        solution, state = Solution(v, Status.CONVERGED, 0), dict(state)
+        solution, kept = Solution(v, Status.CONVERGED, 0), {k: part for k, part in state.items() if k != SOLUTION}
     else:
-        solution, state = estimator.solve(operator, v, state, epsilon)
-    image, mixed = graph.hessian_and_mixed(solution.q)
-    image = axpy(estimator.regularisation(), solution.q, promote(image))
+        start = _start(estimator, v, state, unit)
+        given = System(damped(system, counted), v, epsilon, start, diagonal, state)
+        solution, new = estimator.solve(given)
+        kept = {key: part for key, part in new.items() if key != SOLUTION}
+    bound = _certify(estimator, products, solution.q, v)
+    image, mixed = products.hessian_and_mixed(solution.q)
+    image = axpy(counted, solution.q, promote(image))
     residual = float(norm(subtract(image, v))) / float(norm(v)) if size > 0.0 else 0.0
     mixed = scale(unit, mixed)
-    status = estimator.judge(solution, residual, epsilon)
+    status, message = _verdict(estimator, products, solution, residual, epsilon)
     if math.isnan(residual) or not is_finite(mixed):
         status = Status.DIVERGED
-    message = solution.message
-    if solution.status is Status.CONVERGED and status is Status.STOPPED_AT_CAP:
-        message = (
-            "rounding keeps the true residual above the tolerance: more products will not help, more precision will"
-        )
+    if estimator.starts_warm() and not (status.failed and status is not Status.INACCURATE):
+        kept[SOLUTION] = scale(unit, solution.q)
     info = SolveInfo(
         status=status,
         residual=residual,
         iterations=solution.iterations,
-        products=products + 1,
+        products=system.count + 1,
+        error_bound=None if bound.value is None else bound.value * unit,
+        error_bound_basis=bound.basis,
+        inner_gradient_norm=float(norm([part.detach() for part in products.gradient])),
         method=estimator.name,
-        message=message,
+        message="; ".join(part for part in (message, bound.note) if part),
     )
-    return Pullback(negative(mixed), info, state)
+    return Pullback(negative(mixed), info, kept)
+
+
+class _Counted:
+    def __init__(self, products: Products) -> None:
+        self._products = products
+        self.count = 0
+
+    def __call__(self, q: Tensors) -> Tensors:
+        self.count += 1
+        return promote(self._products.hessian(q))
+
+
+def _start(estimator: Implicit, v: Tensors, state: State, unit: float) -> Tensors | None:
+    known = state.get(SOLUTION) if estimator.starts_warm() else None
+    if known is None:
+        return None
+    if [part.shape for part in known] != [part.shape for part in v]:
+        raise ConfigError(
+            f"the state of method {estimator.name!r} belongs to another problem: its solution has shapes "
+            f"{[tuple(part.shape) for part in known]}, the inner variables {[tuple(part.shape) for part in v]}. "
+            "Start with state={}."
+        )
+    return scale(1 / unit, tuple(a.to(b) for a, b in zip(known, v, strict=True)))
+
+
+def _certify(estimator: Implicit, products: Products, q: Tensors, v: Tensors) -> Bound:
+    if estimator.certificate is None or not is_finite(q):
+        return Bound(None)
+    assert isinstance(products, GradientGraph)
+    return estimator.certificate.bound(products, q, v)
+
+
+def _verdict(
+    estimator: Implicit, products: Products, solution: Solution, residual: float, epsilon: float
+) -> tuple[Status, str]:
+    status = estimator.judge(solution, residual, epsilon)
+    if products.lost > TOLERATED_ROUNDING and not status.failed:
+        lost = f"rounding changes the displacements of the difference products by {products.lost:.0%}"
+        return Status.INACCURATE, lost
+    if solution.status is Status.CONVERGED and status is Status.STOPPED_AT_CAP:
+        return status, (
+            "rounding keeps the true residual above the tolerance: more products will not help, more precision will"
+        )
+    return status, solution.message

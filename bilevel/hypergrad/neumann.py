@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from bilevel.hypergrad.base import State
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.linear import Operator, Solution, damped, estimate_spectrum, neumann
+from bilevel.hypergrad.implicit import Iterative, System
+from bilevel.linear import Solution, estimate_spectrum, neumann
 from bilevel.result import Status
 from bilevel.validation import check_integer, check_number
-from bilevel.vector import Tensors
 
 __all__ = ["Neumann"]
 
@@ -20,7 +20,7 @@ ESTIMATION_PRODUCTS = 8
 
 
 @dataclass(frozen=True)
-class Neumann(Implicit):
+class Neumann(Iterative):
     """``H⁻¹v ≈ α Σₖ₌₀ᴷ (I − αH)ᵏ v``, the truncated Neumann series.
 
     For an inner Hessian with eigenvalues in [μ, L] and ``0 < α < 2/L`` the relative error is at most ``ρ^(K+1)`` with
@@ -47,35 +47,35 @@ class Neumann(Implicit):
 
     def __post_init__(self) -> None:
         """Validates the fields."""
+        super().__post_init__()
         check_integer("Neumann", "terms", self.terms, minimum=0)
         check_number("Neumann", "step_size", self.step_size, minimum=0.0, exclusive=True, auto=True)
         check_number("Neumann", "damping", self.damping, minimum=0.0)
 
-    def regularisation(self) -> float:
-        """See :meth:`Implicit.regularisation`."""
-        return self.damping
-
-    def solve(self, operator: Operator, v: Tensors, state: State, epsilon: float) -> tuple[Solution, State]:
-        """See :meth:`Implicit.solve`."""
-        system = damped(operator, self.damping)
+    def solve(self, system: System) -> tuple[Solution, State]:
+        """See :meth:`Implicit.solve`. The estimate kept in the state is that of the undamped largest eigenvalue."""
         if not isinstance(self.step_size, str):
-            return neumann(system, v, terms=self.terms, step_size=self.step_size, epsilon=epsilon), state
-        known = state.get("largest_eigenvalue")
+            return self._series(system, self.step_size), {}
+        known = system.state.get("largest_eigenvalue")
         if known is not None:
-            step_size = 1 / (float(known[0]) + self.damping)
-            solution = neumann(system, v, terms=self.terms, step_size=step_size, epsilon=epsilon)
+            solution = self._series(system, 1 / (float(known[0]) + self.damping))
             if solution.status is not Status.DIVERGED:
-                return solution, state
-        largest, smallest = self._extremes(operator, v)
-        damped_largest = largest + self.damping
-        if not 0.0 < damped_largest < float("inf"):
-            status = Status.NEGATIVE_CURVATURE if damped_largest < 0.0 else Status.SINGULAR
-            status = status if largest == largest else Status.DIVERGED
-            return Solution(v, status, 0, "no positive curvature found; the identity was used for the inverse"), {}
-        solution = neumann(system, v, terms=self.terms, step_size=1 / damped_largest, epsilon=epsilon)
-        if smallest + self.damping < -1e-6 * damped_largest:
+                return solution, {"largest_eigenvalue": known}
+        dimension = sum(part.numel() for part in system.v)
+        products = min(ESTIMATION_PRODUCTS, dimension)
+        spectrum = estimate_spectrum(system.operator, system.v, products=products)
+        if not 0.0 < spectrum.largest < math.inf:
+            status = Status.NEGATIVE_CURVATURE if spectrum.largest < 0.0 else Status.SINGULAR
+            status = Status.DIVERGED if math.isnan(spectrum.largest) else status
+            message = "no positive curvature found; the identity was used for the inverse"
+            return Solution(system.v, status, 0, message), {}
+        solution = self._series(system, 1 / spectrum.largest)
+        if spectrum.smallest < -1e-6 * spectrum.largest:
             solution = Solution(solution.q, Status.NEGATIVE_CURVATURE, solution.iterations, solution.message)
-        return solution, {"largest_eigenvalue": (torch.tensor(largest, dtype=torch.float64),)}
+        return solution, {"largest_eigenvalue": (torch.tensor(spectrum.largest - self.damping, dtype=torch.float64),)}
+
+    def _series(self, system: System, step_size: float) -> Solution:
+        return neumann(system.operator, system.v, terms=self.terms, step_size=step_size, epsilon=system.epsilon)
 
     def judge(self, solution: Solution, residual: float, epsilon: float) -> Status:
         """A convergent series never leaves a residual above 1, whatever its length."""
@@ -84,8 +84,3 @@ class Neumann(Implicit):
         if residual <= 100 * epsilon:
             return Status.CONVERGED
         return Status.DIVERGED if residual > 1 + 1e-6 else Status.STOPPED_AT_CAP
-
-    def _extremes(self, operator: Operator, v: Tensors) -> tuple[float, float]:
-        dimension = sum(part.numel() for part in v)
-        estimate = estimate_spectrum(operator, v, products=min(ESTIMATION_PRODUCTS, dimension))
-        return estimate.largest, estimate.smallest

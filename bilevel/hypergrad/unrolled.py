@@ -56,6 +56,11 @@ class Unrolled(Estimator):
         if self.learning_rate is not None:
             check_number("Unrolled", "learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
 
+    @property
+    def recorded_steps(self) -> int | None:
+        """See :meth:`Estimator.recorded_steps`."""
+        return self.steps
+
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`. Takes the gradient steps, where no trajectory was recorded."""
         if problem.trajectory:

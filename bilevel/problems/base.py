@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from bilevel.errors import ConfigError, LossError, ParameterError, unknown_name
-from bilevel.functional import scalar_loss
+from bilevel.errors import ConfigError, ParameterError, unknown_name
+from bilevel.functional import loss_and_outputs
 from bilevel.hooks import check_hooks
 from bilevel.hypergrad import Estimator, as_estimator
 from bilevel.validation import check_integer, check_number
@@ -109,6 +109,9 @@ class Problem(ABC):
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the loss on a batch: a scalar tensor, or a mapping with ``"loss"`` and further metrics.
 
+        ``"outputs"`` in the mapping are no metric: they name the model's outputs that the loss was computed from (one
+        tensor or several), which the Gauss–Newton curvature needs.
+
         Parameters must be read from modules (``self(x)``, ``self.module.weight``, ``self.other(x)``) at each call,
         never from variables that were bound to the parameter objects earlier: hypergradients evaluate the loss at
         other values.
@@ -154,15 +157,10 @@ class Problem(ABC):
     def evaluate_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Returns the checked scalar loss and the other metrics."""
         result = self.loss(batch)
+        value, _ = loss_and_outputs(result, f"problem {self.name!r}")
         if not isinstance(result, Mapping):
-            return scalar_loss(result, f"problem {self.name!r}"), {}
-        if "loss" not in result:
-            raise LossError(
-                f"loss() of problem {self.name!r} returned a mapping without 'loss'; it has: "
-                f"{', '.join(map(str, result)) or 'nothing'}"
-            )
-        metrics = {str(key): value for key, value in result.items() if key != "loss"}
-        return scalar_loss(result["loss"], f"problem {self.name!r}"), metrics
+            return value, {}
+        return value, {str(key): part for key, part in result.items() if key not in ("loss", "outputs")}
 
     def update(self, gradients: Sequence[Tensor], loss: float) -> None:
         """Makes one update of the owned parameters with the given gradients."""

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.functional import ModuleObjective, ParameterSlots, PassCount, Reduce, dense_gradient, require_finite
+from bilevel.functional import (
+    ModuleObjective,
+    ParameterSlots,
+    PassCount,
+    Reduce,
+    dense_gradient,
+    loss_and_outputs,
+    require_finite,
+)
 from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, State
-from bilevel.optim import Update
+from bilevel.optim import Update, curvature_of
 from bilevel.problems.base import Problem
 from bilevel.problems.graph import Dependencies
 from bilevel.randomness import Replay, States, generator_devices
@@ -31,6 +39,8 @@ class RecordedUpdate:
     inner: Tensors
     memory: Tensors
     update: Update
+    gradient: Tensors | None = None
+    outer_gradient: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,11 +51,13 @@ class InnerRecord:
         batches: The batches on which the hypergradient takes the inner loss, averaged.
         generators: Generator states to replay; None to draw live.
         trajectory: The updates, where the method needs them.
+        samples: Further batches, for methods that want separate ones.
     """
 
     batches: Sequence[Any]
     generators: States | None = None
     trajectory: list[RecordedUpdate] = field(default_factory=list)
+    samples: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -95,10 +107,18 @@ class Differentiator:
         self._autocast = autocast
         self.devices = generator_devices(p for problem in problems.values() for p in problem.parameters)
 
-    def plain(self, problem: Problem, batch: Any) -> LossGradient:
-        """Returns the loss and gradient of an inner problem: 1 forward and 1 backward pass."""
-        value, metrics, grads = self._gradients(problem, batch, problem.parameters)
-        return LossGradient(value, metrics, grads, grads)
+    def plain(
+        self, problem: Problem, batch: Any, others: Sequence[str] = ()
+    ) -> tuple[LossGradient, dict[str, Tensors]]:
+        """Returns the loss and gradient of an inner problem, and its gradient for ``others``, other problems.
+
+        Cost: 1 forward and 1 backward pass.
+        """
+        names = [problem.name, *others]
+        inputs = tuple(p for name in names for p in self._problems[name].parameters)
+        value, metrics, grads = self._gradients(problem, batch, inputs)
+        own, *more = self._split(grads, names)
+        return LossGradient(value, metrics, own, own), dict(zip(others, more, strict=True))
 
     def total(
         self,
@@ -166,23 +186,33 @@ class Differentiator:
         """Returns an inner problem as estimators see it, responding to ``others``."""
         problem = self._problems[name]
         outer = tuple(p for other in others for p in self._problems[other].parameters)
+        label = f"problem {name!r}"
 
         def objective(batches: Sequence[Any], generators: States | None) -> ModuleObjective:
-            def loss() -> Tensor:
-                values = [problem.evaluate_loss(batch)[0] for batch in batches]
-                return values[0] if len(values) == 1 else torch.stack(values).mean()
+            def loss() -> Mapping[str, Any]:
+                pairs = [loss_and_outputs(problem.loss(batch), label) for batch in batches]
+                value = pairs[0][0] if len(pairs) == 1 else torch.stack([value for value, _ in pairs]).mean()
+                return {"loss": value, "outputs": [part for _, outputs in pairs for part in outputs]}
 
             replay = Replay(self.devices, generators)
-            label = f"problem {name!r}"
             return ModuleObjective(
                 loss, self._slots, problem.parameters, outer, label, replay, self._passes, self._reduce
             )
 
-        trajectory = [
-            InnerStep(objective([step.batch], step.generators), step.inner, step.memory, step.update)
-            for step in record.trajectory
-        ]
-        return InnerProblem(objective(record.batches, record.generators), problem.parameters, outer, trajectory)
+        def recorded(step: RecordedUpdate) -> InnerStep:
+            above = [step.outer_gradient.get(other) for other in others]
+            whole = None if not above or None in above else tuple(p for part in above for p in part or ())
+            lower = objective([step.batch], step.generators)
+            return InnerStep(lower, step.inner, step.memory, step.update, step.gradient, whole)
+
+        return InnerProblem(
+            objective(record.batches, record.generators),
+            problem.parameters,
+            outer,
+            [recorded(step) for step in record.trajectory],
+            samples=[objective([batch], None) for batch in record.samples],
+            diagonal=None if problem.optimizer is None else curvature_of(problem.optimizer, problem.parameters),
+        )
 
     def _gradients(self, problem: Problem, batch: Any, inputs: Tensors) -> tuple[Tensor, dict[str, Any], Tensors]:
         with torch.enable_grad(), self._autocast():

@@ -15,7 +15,6 @@ from bilevel.errors import LossError, NonFiniteError
 from bilevel.functional import (
     Evaluate,
     FunctionObjective,
-    GradientGraph,
     ModuleObjective,
     Objective,
     ParameterSlots,
@@ -24,6 +23,7 @@ from bilevel.functional import (
     leaves,
     scalar_loss,
 )
+from bilevel.products import GradientGraph
 from bilevel.randomness import Replay, capture, generator_devices, preserved
 from tests.bilevel.strategies import DOUBLE, Sample, forall, samples
 

@@ -108,7 +108,7 @@ def test_methods_are_named_in_several_ways(given: Any, expected: Estimator) -> N
         (
             {"method": "neumann", "term": 3},
             UnknownNameError,
-            "'term': did you mean 'terms'? Choices: 'damping', 'step_size', 'terms'",
+            "'term': did you mean 'terms'? Choices: 'certificate', 'curvature', 'damping'",
         ),
         ({"method": "identity", "terms": 3}, UnknownNameError, "Choices: none"),
         ({"terms": 3}, ConfigError, "needs the key 'method', one of finite_difference"),

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import Estimator, FiniteDifference, Hypergradient, Identity, Status, hypergradient
 from bilevel.errors import ConfigError, LossError
+from bilevel.products import difference_length
 from tests.bilevel.strategies import EPSILON, logarithmic
 from tests.contract.contract import DOUBLE, EstimatorContract, Sample, forall, operator_norm
 
@@ -30,7 +31,7 @@ class TestFiniteDifference(EstimatorContract):
     def bound(self, estimator: Estimator, sample: Sample, result: Hypergradient) -> float:
         # ∂f/∂λ is at most quadratic in w for these samples: central differences are exact but for rounding.
         assert isinstance(estimator, FiniteDifference)
-        epsilon = estimator.displacement((sample.inner,))
+        epsilon = difference_length(estimator.epsilon, (sample.inner,))
         mixed, size = operator_norm(sample.mixed), float(sample.cotangent.norm())
         distance = float((1 - 1 / sample.eigenvalues).abs().max())
         rounding = 100 * EPSILON * size / epsilon * (1 + mixed) * (1 + float(sample.inner.norm()) + epsilon) ** 2

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 
 from bilevel import Estimator, Hypergradient, Status
-from bilevel.hypergrad import Implicit, State
-from bilevel.linear import Operator, Solution
-from bilevel.vector import Tensors, axpy, dot, zeros_like
+from bilevel.hypergrad import Implicit, State, System
+from bilevel.linear import Solution
+from bilevel.vector import axpy, dot, zeros_like
 from tests.contract.contract import EstimatorContract, Sample, operator_norm
 
 
@@ -27,14 +27,14 @@ class SteepestDescent(Implicit):
     cost: ClassVar[str] = "1 forward, 1 backward with graph, iterations + 1 products"
     needs: ClassVar[str] = "double backward; a positive definite Hessian"
 
-    def solve(self, operator: Operator, v: Tensors, state: State, epsilon: float) -> tuple[Solution, State]:
-        q, residual = zeros_like(v), v
+    def solve(self, system: System) -> tuple[Solution, State]:
+        q, residual = zeros_like(system.v), system.v
         for _ in range(self.iterations):
-            image = operator(residual)
+            image = system.operator(residual)
             curvature = dot(residual, image)
             step = torch.where(curvature > 0, dot(residual, residual) / curvature, 0.0)
             q, residual = axpy(step, residual, q), axpy(-step, image, residual)
-        return Solution(q, Status.STOPPED_AT_CAP, self.iterations), state
+        return Solution(q, Status.STOPPED_AT_CAP, self.iterations), {}
 
 
 class TestSteepestDescent(EstimatorContract):
@@ -53,5 +53,6 @@ class TestSteepestDescent(EstimatorContract):
         return 1, 2 + result.info.iterations
 
     def test_is_its_own_configuration(self) -> None:
-        assert self.default.describe() == {"method": "steepest_descent", "iterations": 60}
+        shared = {"curvature": "hessian", "products": "autodiff", "difference_step": "auto", "certificate": None}
+        assert self.default.describe() == {"method": "steepest_descent", "iterations": 60, **shared}
         assert self.default == SteepestDescent(60)
