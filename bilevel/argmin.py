@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bilevel.errors import BilevelWarning, NonFiniteError, ParameterError
 from bilevel.functional import FunctionObjective, Objective, PassCount, leaves
 from bilevel.hypergrad import Estimator, InnerProblem, as_estimator
+from bilevel.hypergrad.base import refuse_without_state
 from bilevel.hypergrad.function import Loss
+from bilevel.implicit_function import AdjointRule, obstacle, refuse_derivatives
 from bilevel.randomness import Replay, generator_devices
+from bilevel.result import SolveInfo
 from bilevel.structure import Structure, flatten
 from bilevel.vector import Tensors, is_finite
 
@@ -55,11 +57,20 @@ def argmin(
         ParameterError: The solver, or its caller, passed something that is no structure of real floating-point tensors.
         LossError: The inner loss (in the backward pass) is no scalar or does not depend on the inner parameters.
 
-    A solve that fails in the backward pass gives a ``BilevelWarning`` with its report and remedy. Derivatives are
-    first-order: differentiating them again is an error. As in :func:`~bilevel.hypergradient`, all passes of one
-    derivative see the same random numbers, drawn in the backward pass.
+    A solve that fails in a backward pass gives a ``BilevelWarning`` with its report and remedy. As in
+    :func:`~bilevel.hypergradient`, all passes of one derivative see the same random numbers, drawn in the first
+    backward pass.
 
-    Cost: the solver in the forward pass, the method's passes of f in the backward pass.
+    Derivatives can be differentiated again, any number of times, by the same rule (see
+    :mod:`bilevel.implicit_function`), with the methods that solve the adjoint system by autodiff products:
+    ``conjugate_gradient``, ``exact``, ``minres``, ``gmres``, and ``neumann`` as an approximation. So a loss that calls
+    a decorated solver is an inner loss of :func:`~bilevel.hypergradient` or of another ``argmin``: levels nest, and the
+    curvature of a level includes the response of those below. Other methods give first derivatives; differentiating
+    those raises ``LossError``, and so does an inner loss that closes over a tensor that requires gradients.
+
+    Cost: the solver in the forward pass, the method's passes of f in the backward pass. With ``create_graph=True`` 1
+    forward pass, 1 backward pass with graph and 1 product more; differentiating once more takes another solve, and 1
+    forward and 3 backward passes for the derivative of the Hessian.
 
     Example:
         Ridge regression: the solution's dependence on the regularisation, compared with the formula.
@@ -78,6 +89,9 @@ def argmin(
         tensor(-1.5000)
     """
     estimator = as_estimator(method)
+    refuse_without_state(
+        estimator, "argmin differentiates every call by itself and keeps nothing; leave that field off"
+    )
     if not callable(inner_loss):
         raise ParameterError(
             f"argmin needs the inner loss as its first argument, a function of (inner_params, outer_params); "
@@ -129,13 +143,19 @@ class _Call:
             )
         return inner
 
+    def report(self, info: SolveInfo) -> None:
+        """Warns of a solve that failed."""
+        if info.status.failed:
+            text = f"derivative of solver {self.name!r}: {info.explain()}"
+            warnings.warn(text, BilevelWarning, stacklevel=3)
+
     def objective(self, outer: Tensors, active: tuple[int, ...]) -> Objective:
         """Returns the inner loss as a function of the inner and of the ``active`` outer variables."""
         assert self.inner_structure is not None
         inner_structure = self.inner_structure
         constants = [part.detach() for part in outer]
 
-        def loss(inner: Tensors, varied: Tensors) -> Tensor:
+        def loss(inner: Tensors, varied: Tensors) -> object:
             everything = list(constants)
             for place, part in zip(active, varied, strict=True):
                 everything[place] = part
@@ -153,25 +173,33 @@ class _Solution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         inner = call.solve(outer)
         ctx.active = tuple(place for place, needed in enumerate(ctx.needs_input_grad[1:]) if needed)
+        ctx.objective = call.objective(outer, ctx.active)
         varied = leaves([outer[place] for place in ctx.active])
-        response = call.estimator.respond(InnerProblem(call.objective(outer, ctx.active), leaves(inner), varied))
+        response = call.estimator.respond(InnerProblem(ctx.objective, leaves(inner), varied))
         point = tuple(part.detach() for part in response.point)
         ctx.call, ctx.response = call, response
-        # Not read back: saved so that autograd notices when one of them is changed in place before the backward pass.
+        # Saved also so that autograd notices when one of them is changed in place before the backward pass.
         ctx.save_for_backward(*outer, *point)
         return point
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        point = saved[len(saved) - len(cotangents) :]
+        call, saved = ctx.call, ctx.saved_tensors
+        outer, point = saved[: -len(cotangents)], saved[-len(cotangents) :]
         cotangent = tuple(torch.zeros_like(p) if v is None else v for p, v in zip(point, cotangents, strict=True))
-        pulled = ctx.response.pullback(cotangent, {})
-        if pulled.info.status.failed:
-            text = f"derivative of solver {ctx.call.name!r}: {pulled.info.explain()}"
-            warnings.warn(text, BilevelWarning, stacklevel=2)
+        varied = tuple(outer[place] for place in ctx.active)
+        reason = obstacle(call.estimator)
+        if torch.is_grad_enabled() and not reason:  # create_graph=True
+            value = AdjointRule(ctx.objective, call.estimator, call.report).pullback(cotangent, point, varied)
+        else:
+            with torch.no_grad():
+                pulled = ctx.response.pullback(cotangent, {})
+            call.report(pulled.info)
+            value = pulled.value
+        if torch.is_grad_enabled() and reason:
+            message = f"the derivative of solver {call.name!r} cannot be differentiated: {reason}"
+            value = refuse_derivatives(value, message, (*cotangent, *varied))
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for place, grad in zip(ctx.active, pulled.value, strict=True):
+        for place, grad in zip(ctx.active, value, strict=True):
             grads[place + 1] = grad
         return tuple(grads)

@@ -4,6 +4,7 @@ import gc
 import re
 import weakref
 from collections import namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from bilevel import ConjugateGradient, Exact, Neumann, Unrolled, hypergradient
 from bilevel.argmin import argmin
-from bilevel.errors import BilevelWarning, LossError, NonFiniteError, ParameterError, UnknownNameError
+from bilevel.errors import BilevelWarning, ConfigError, LossError, NonFiniteError, ParameterError, UnknownNameError
 from tests.bilevel.strategies import DOUBLE, Sample, forall, make_quadratic, samples
 
 Pair = namedtuple("Pair", ["slope", "offset"])
@@ -198,25 +199,166 @@ def test_graph_may_be_retained() -> None:
     torch.testing.assert_close(jacobian, 2 * torch.eye(3))
 
 
-def test_second_derivatives_are_refused() -> None:
+def newton(loss: Callable[[Tensor, Any], Tensor], start: Tensor, steps: int = 30) -> Callable[[Any], Tensor]:
+    """Newton's method on a loss, for solvers whose result must be exact; differentiable if its argument is."""
+
+    def fit(lam: Any) -> Tensor:
+        w = start.clone().requires_grad_()
+        for _ in range(steps):
+            (g,) = torch.autograd.grad(loss(w, lam), w, create_graph=True)
+            H = torch.stack([torch.autograd.grad(part, w, create_graph=True)[0] for part in g])
+            w = w - torch.linalg.solve(H, g)
+        return w
+
+    return fit
+
+
+SOLVING: list[Any] = ["exact", ConjugateGradient(rtol=1e-14), Neumann(terms=400)]
+
+
+@pytest.mark.parametrize("method", SOLVING, ids=lambda method: getattr(method, "name", method))
+def test_derivatives_of_all_orders_are_those_of_brute_force(method: Any) -> None:
+    # The second derivative holds that of the Hessian: it does not vanish for a loss that is no quadratic.
+    H = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=DOUBLE)
+
+    def loss(w: Tensor, lam: Tensor) -> Tensor:
+        return w @ H @ w / 2 + lam[2].exp() * (w**4).sum() / 4 - w @ lam[:2]
+
+    solver = newton(loss, torch.zeros(2, dtype=DOUBLE), 12)
+    fit = argmin(loss, method)(solver)
+
+    def derivatives(solve: Any) -> list[Tensor]:
+        lam = torch.tensor([1.0, -2.0, 0.3], dtype=DOUBLE, requires_grad=True)
+        w = solve(lam)
+        value = (w**3).sum() + w.prod() * lam.sum()
+        found = []
+        for order in range(4):
+            (grad,) = torch.autograd.grad(value, lam, create_graph=True)
+            found.append(grad.detach())
+            value = (grad * torch.arange(1.0, 4.0, dtype=DOUBLE)).sum() * (1 + order)
+        return found
+
+    for found, expected in zip(derivatives(fit), derivatives(solver), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+
+@forall(30, sample=samples(max_condition=1e3), method=st.sampled_from(["exact", ConjugateGradient(200, rtol=1e-14)]))
+def test_second_derivative_is_that_of_the_closed_form_solution(sample: Sample, method: Any) -> None:
+    inner_loss, outer_loss = sample.losses()
+    hessians = []
+    for solve in (argmin(inner_loss, method=method)(sample.solution), sample.solution):
+        lam = sample.outer.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(outer_loss(solve(lam), lam), lam, create_graph=True)
+        hessians.append(torch.stack([torch.autograd.grad(part, lam, retain_graph=True)[0] for part in grad]))
+    size = float(hessians[1].norm()) + sample.scale() * float(sample.eigenvalues[-1] / sample.eigenvalues[0])
+    assert float((hessians[0] - hessians[1]).norm()) <= 1e-9 * size
+
+
+def test_inner_and_outer_parameters_of_second_derivatives_may_have_any_structure() -> None:
+    # Also: an inner variable that the loss ignores, a constant, an outer variable that needs no gradient, a used part.
+    frozen = nn.Parameter(torch.full((2,), 3.0, dtype=DOUBLE), requires_grad=False)
+
+    def loss(w: dict[str, Any], lam: Pair) -> Tensor:
+        a, b = w["a"], w["rest"][0]
+        return (a - lam.slope * frozen).cosh().sum() + b.square() / 2 * lam.offset[0].exp() - b * a.sum() / 20
+
+    def solver(lam: Pair) -> dict[str, Any]:
+        flat = newton(lambda w, x: loss({"a": w[:2], "rest": (w[2], frozen)}, x), torch.zeros(3, dtype=DOUBLE), 12)(lam)
+        return {"a": flat[:2], "rest": (flat[2], frozen), "ignored": torch.ones(2, dtype=DOUBLE) * lam.slope.detach()}
+
+    results = []
+    for solve in (argmin(loss, "exact")(solver), solver):
+        slope = torch.tensor(0.4, dtype=DOUBLE, requires_grad=True)
+        offset = torch.tensor([0.3, 5.0], dtype=DOUBLE, requires_grad=True)
+        w = solve(Pair(slope, (offset[0], torch.ones(2, dtype=DOUBLE))))
+        value = w["a"].prod() + w["rest"][0] ** 3 + (w["ignored"] * slope).sum()
+        grads = torch.autograd.grad(value, (slope, offset), create_graph=True)
+        results.append(
+            torch.cat([torch.autograd.grad(g.sum(), (slope, offset), retain_graph=True)[0].reshape(-1) for g in grads])
+        )
+        results[-1] = torch.cat([results[-1], torch.autograd.grad(sum(g.sum() for g in grads), offset)[0]])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+    assert float(results[0].abs().min()) < 1e-12 < 1e-3 < float(results[0].abs().max())
+
+
+@pytest.mark.parametrize("method", ["fd", "identity", Unrolled(steps=2, learning_rate=0.1)])
+def test_second_derivatives_of_other_methods_are_refused(method: Any) -> None:
     lam = torch.ones(2, requires_grad=True)
-    first = simple()(lam)[0]
-    (grad,) = torch.autograd.grad(first.square().sum(), lam, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    (grad,) = torch.autograd.grad(simple(method)(lam)[0].square().sum(), lam, create_graph=True)
+    with pytest.raises(LossError, match=r"solver 'fit' cannot be differentiated: method '\w+' solves no.*'exact'"):
+        torch.autograd.grad(grad.sum(), lam)
+    (first,) = torch.autograd.grad(simple(method)(lam)[0].square().sum(), lam)
+    assert torch.equal(grad, first)
 
 
-def test_as_an_inner_loss_only_first_differences_work() -> None:
-    # Nested: the outer problem's inner loss contains a solution of its own. Its second derivative would be left out.
-    fit = simple()
+def test_second_derivatives_need_the_hessian_by_autodiff() -> None:
+    lam = torch.ones(2, requires_grad=True)
+    fit = simple(ConjugateGradient(products="finite_difference"))
+    (grad,) = torch.autograd.grad(fit(lam)[0].square().sum(), lam, create_graph=True)
+    with pytest.raises(LossError, match=r"has products='finite_difference', and its derivative needs .*'autodiff'"):
+        torch.autograd.grad(grad.sum(), lam)
 
-    def nested(w: Tensor, lam: Tensor) -> Tensor:
-        return (w - 1).square().sum() + fit(w * lam)[0].sum()
 
-    with pytest.raises(LossError, match="custom function _Solution is marked once_differentiable.*'finite_difference'"):
-        hypergradient(nested, lambda w, lam: w.sum(), torch.ones(2), torch.ones(2), "cg")
-    result = hypergradient(nested, lambda w, lam: w.sum(), torch.ones(2), torch.ones(2), "fd")
-    torch.testing.assert_close(result.grad, torch.full((2,), -2.0), rtol=1e-3, atol=1e-3)
+def test_first_derivatives_cost_what_they_did_and_second_ones_what_is_documented() -> None:
+    calls = 0
+
+    def loss(w: Tensor, lam: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return (w - lam).square().sum() + (w**4).sum() / 10
+
+    fit = argmin(loss, ConjugateGradient(max_iterations=5))(newton(loss, torch.zeros(2)))
+    for create_graph, forward in ((False, 1), (True, 2)):
+        lam = torch.ones(2, requires_grad=True)
+        solution = fit(lam)
+        calls = 0
+        (grad,) = torch.autograd.grad(solution.sum(), lam, create_graph=create_graph)
+        assert calls == forward
+        assert grad.requires_grad is create_graph
+    calls = 0
+    # q and w* each depend on λ: the derivative of q takes 2 passes; that of w* is a pullback of its own
+    torch.autograd.grad(grad.sum(), lam)
+    assert calls == 3
+
+
+def test_a_tensor_that_the_inner_loss_closes_over_is_no_constant_in_a_second_derivative() -> None:
+    hidden = torch.ones(2, requires_grad=True)
+
+    @argmin(lambda w, lam: (w - lam).square().sum() + (w * hidden.exp()).square().sum())
+    def fit(lam: Tensor) -> Tensor:
+        return lam / (1 + hidden.exp() ** 2)
+
+    lam = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(fit(lam).sum(), lam)
+    with pytest.raises(LossError, match=r"reads a tensor of shape \(2,\) that requires gradients.*detach\(\)"):
+        torch.autograd.grad(fit(lam).sum(), lam, create_graph=True)
+
+
+def test_second_derivatives_of_a_field_that_is_no_gradient_warn() -> None:
+    N = torch.tensor([[0.0, 0.6], [-0.2, 0.0]], dtype=DOUBLE)
+
+    class Field(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, w: Tensor) -> Tensor:
+            ctx.save_for_backward(w)
+            return w.new_zeros(())
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+            return cotangent * (N @ ctx.saved_tensors[0])
+
+    def loss(w: Tensor, lam: Tensor) -> Tensor:
+        return w.square().sum() / 2 + Field.apply(w) - w @ lam
+
+    J = torch.eye(2, dtype=DOUBLE) + N
+    for method in ("exact", Neumann(terms=100, step_size=1.0)):
+        fit = argmin(loss, method)(lambda lam: torch.linalg.solve(J, lam))
+        lam = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+        v = torch.tensor([1.0, 3.0], dtype=DOUBLE)
+        (grad,) = torch.autograd.grad((fit(lam) @ v).square(), lam, create_graph=True)
+        torch.testing.assert_close(grad, 2 * (torch.linalg.solve(J, lam) @ v) * torch.linalg.solve(J.T, v))
+        with pytest.warns(BilevelWarning, match=r"not symmetric.*second derivatives.*wrong here"):
+            torch.autograd.grad(grad[0], lam)
 
 
 def test_values_changed_in_place_before_the_backward_pass_are_noticed() -> None:
@@ -281,6 +423,8 @@ def test_other_bad_arguments() -> None:
     fit = argmin(lambda w, lam: lam.sum())(lambda lam: lam.clone())
     with pytest.raises(LossError, match="inner problem of '<lambda>' does not depend on its inner parameters"):
         fit(torch.ones(2, requires_grad=True)).sum().backward()
+    with pytest.raises(ConfigError, match=r"warm_start=True\) continues from the state.*argmin .*keeps nothing"):
+        argmin(lambda w, lam: w, ConjugateGradient(warm_start=True))
     fit = argmin(lambda w, lam: (w - lam) ** 2)(lambda lam: lam.clone())
     with pytest.raises(LossError, match=r"must be a scalar; it has shape \(2,\)"):
         fit(torch.ones(2, requires_grad=True)).sum().backward()
