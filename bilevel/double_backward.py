@@ -22,6 +22,12 @@ def second_derivative_errors(name: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
+        if any(sign in text for sign in _REENTRANT):
+            raise LossError(
+                f"the loss of {name} cannot be differentiated: reentrant activation checkpointing works with "
+                ".backward() only. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) "
+                f"({text.splitlines()[0]})"
+            ) from error
         for sign, reason in _NO_SECOND_DERIVATIVE.items():
             if sign in text:
                 raise _no_second_derivative(name, f"{reason} ({text.splitlines()[0]})") from error
@@ -30,9 +36,9 @@ def second_derivative_errors(name: str) -> Iterator[None]:
 
 def _no_second_derivative(name: str, reason: str) -> LossError:
     return LossError(
-        f"the loss of {name} cannot be differentiated twice: {reason}. Use method 'finite_difference', which needs "
-        "first derivatives only, or replace the operation (for attention: the math back end, "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or eager attention)."
+        f"the loss of {name} cannot be differentiated twice: {reason}. Give the method products='finite_difference', "
+        "or use method 'finite_difference': both need first derivatives only. Or replace the operation (for "
+        "attention: the math back end, torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or eager attention)."
     )
 
 
@@ -70,11 +76,13 @@ def _reachable(root: Node | None) -> set[Node]:
     return seen
 
 
+_REENTRANT = (
+    "Checkpointing is not compatible with .grad()",
+    "When use_reentrant=True, torch.utils.checkpoint is incompatible",
+)
+
 _NO_SECOND_DERIVATIVE: Mapping[str, str] = {
     "derivative for aten::": "an operation has no second derivative",
     "derivative for '": "an operation has no second derivative",
     "does not currently support double backward": "compiled graphs have no second derivative",
-    "Checkpointing is not compatible with .grad()": "reentrant checkpointing; use use_reentrant=False",
-    "When use_reentrant=True, torch.utils.checkpoint is incompatible": "reentrant checkpointing; use "
-    "use_reentrant=False",
 }

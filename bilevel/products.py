@@ -1,7 +1,8 @@
 """Second-order products of an inner loss at one point: what every implicit method is made of.
 
-Three ways of taking them behind one interface: autodiff on a retained gradient graph, the Gauss–Newton curvature on the
-same graph, and differences of first derivatives where no second ones exist.
+Ways of taking them behind one interface: autodiff on a retained gradient graph; the Gauss–Newton curvature on the same
+graph; differences of first derivatives, where no second ones exist; the dense Jacobian of a gradient field that
+autograd does not see whole.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel.double_backward import second_derivative_errors
-from bilevel.errors import LossError
+from bilevel.errors import ConfigError, LossError
 from bilevel.functional import (
     Evaluate,
     Objective,
@@ -28,6 +29,7 @@ from bilevel.vector import Tensors, norm, promote, zeros_like
 
 __all__ = [
     "DifferenceProducts",
+    "FieldProducts",
     "GaussNewtonGraph",
     "GradientGraph",
     "Products",
@@ -35,6 +37,9 @@ __all__ = [
     "displaced",
     "lost_to_rounding",
 ]
+
+
+LARGEST_FIELD = 5_000
 
 
 class Products(ABC):
@@ -48,12 +53,15 @@ class Products(ABC):
         active: Which inner variables reach the loss.
         gradient: ``g`` over the active variables.
         lost: The largest relative error that rounding has left in a displacement; 0 where nothing is displaced.
+        transposed: Whether the curvature's products are with the transpose of ``∂g/∂w``, as the adjoint system asks;
+            where they are not, the answer is right for a symmetric one only.
     """
 
     value: Tensor
     active: tuple[bool, ...]
     gradient: Tensors
     lost: float = 0.0
+    transposed: bool = True
 
     def select(self, vector: Sequence[Tensor]) -> Tensors:
         """Returns the active parts of a vector over all inner variables."""
@@ -213,6 +221,8 @@ class DifferenceProducts(Products):
         step: ε, the length of a displacement, or ``"auto"``: see :func:`difference_length`.
     """
 
+    transposed = False
+
     def __init__(self, objective: Objective, inner: Tensors, outer: Tensors, step: float | str = "auto") -> None:
         self._objective = objective
         self._inner = tuple(part.detach() for part in inner)
@@ -275,6 +285,62 @@ class DifferenceProducts(Products):
             point, self._outer, lambda evaluate: gradient(evaluate(), inputs, self._objective)
         )
         return dense_gradient(grads, inputs)
+
+
+class FieldProducts(GradientGraph):
+    """As :class:`GradientGraph`, with the Jacobian J of the gradient *field* g for what autograd takes for it.
+
+    Where the loss holds a ``detach()``, the inner problem follows a field that is no gradient, and how it depends on w
+    through the ``detach()`` is hidden from autograd. Its values are not: J is formed by central differences of g, and
+    products are with Jᵀ, which the adjoint system asks for. The mixed product ``(∂g/∂λ)ᵀ q`` is autograd's.
+
+    Cost: set-up as for :class:`GradientGraph`, and 2 n forward and 2 n backward passes for n inner variables at the
+    first product; n² numbers.
+
+    Raises:
+        ConfigError: More than :data:`LARGEST_FIELD` inner variables.
+    """
+
+    def __init__(
+        self, objective: Objective, evaluate: Evaluate, inner: Tensors, outer: Tensors, step: float | str = "auto"
+    ) -> None:
+        super().__init__(objective, evaluate, inner, outer)
+        self._differences = DifferenceProducts(objective, inner, outer, step)
+        self._jacobian: Tensor | None = None
+
+    def hessian(self, q: Tensors) -> Tensors:
+        """Returns ``Jᵀ q``."""
+        if self._jacobian is None:
+            self._jacobian = self._form(q)
+        flat = torch.cat([part.reshape(-1) for part in promote(q)]).to(self._jacobian)
+        pieces = torch.split(self._jacobian.T @ flat, [part.numel() for part in q])
+        return tuple(piece.reshape(part.shape).to(part) for piece, part in zip(pieces, q, strict=True))
+
+    def hessian_and_mixed(self, q: Tensors) -> tuple[Tensors, Tensors]:
+        """Returns both products."""
+        return self.hessian(q), self.mixed(q)
+
+    def roundoff(self) -> float:
+        """As for differences."""
+        return self._differences.roundoff()
+
+    def _form(self, like: Tensors) -> Tensor:
+        size = sum(part.numel() for part in like)
+        if size > LARGEST_FIELD:
+            raise ConfigError(
+                f"products='field' forms the dense Jacobian of the inner gradient: {size} inner variables are more "
+                f"than its limit of {LARGEST_FIELD}. Let gradients flow where the loss of {self._objective.name} "
+                "detaches them, or take products='autodiff', which misses what the detach hides."
+            )
+        columns = []
+        for place, part in enumerate(like):
+            for entry in range(part.numel()):
+                basis = [torch.zeros_like(other) for other in like]
+                basis[place].view(-1)[entry] = 1
+                image = self._differences.hessian(tuple(basis))
+                columns.append(torch.cat([piece.reshape(-1).to(torch.float64) for piece in image]))
+        self.lost = self._differences.lost
+        return torch.stack(columns, dim=1)
 
 
 def difference_length(step: float | str, inner: Tensors) -> float:

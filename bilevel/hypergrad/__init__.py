@@ -1,6 +1,6 @@
 """Best-response vector–Jacobian products, one family a file."""
 
-from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State
+from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State, StepGraph
 from bilevel.hypergrad.certificate import Certificate
 from bilevel.hypergrad.conjugate_gradient import ConjugateGradient
 from bilevel.hypergrad.exact import Exact
@@ -27,6 +27,7 @@ __all__ = [
     "Pullback",
     "Response",
     "State",
+    "StepGraph",
     "System",
     "Unrolled",
     "as_estimator",

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from bilevel.errors import ConfigError, unknown_name
-from bilevel.linear import estimate_spectrum
-from bilevel.products import GaussNewtonGraph, GradientGraph
+from bilevel.linear import Operator, estimate_spectrum
 from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors, norm, promote, subtract
 
@@ -98,35 +97,41 @@ class Certificate:
         check_integer("Certificate", "products", self.products, minimum=1)
         check_integer("Certificate", "probes", self.probes, minimum=1)
 
-    def bound(self, graph: GradientGraph, q: Tensors, v: Tensors) -> Bound:
-        """Returns the bound for a solution q of ``H q = v``; keeps the graph."""
-        mu, basis, note = self._strong_convexity(graph, q)
+    def bound(self, hessian: Operator, mixed_product: Operator, slope: float, q: Tensors, v: Tensors) -> Bound:
+        """Returns the bound of the error of ``Bᵀq`` for an approximate solution q of ``H q = v``.
+
+        Args:
+            hessian: The product with the undamped H.
+            mixed_product: The product with ``Bᵀ``.
+            slope: ``‖∂f/∂w‖``.
+            q: The solution.
+            v: The right-hand side.
+        """
+        mu, basis, note = self._strong_convexity(hessian, q)
         if not mu > 0.0:
             return Bound(None, note=note)
-        residual = float(norm(subtract(promote(full_hessian(graph, q)), v))) / mu
-        mixed = self._mixed_norm(graph, q)
-        size, distance = float(norm(q)), float(norm(graph.gradient)) / mu
+        residual = float(norm(subtract(promote(hessian(q)), v))) / mu
+        mixed = self._mixed_norm(mixed_product, q)
+        size, distance = float(norm(q)), slope / mu
         if self.hessian_lipschitz is None:
             distance, place = 0.0, "at the given inner parameters"
         else:
             place = "at the inner solution"
-        second, cross, slope, direct = (float(getattr(self, name) or 0.0) for name in _LIPSCHITZ)
-        shift = residual + (slope + second * (size + residual)) * distance / mu
+        second, cross, change, direct = (float(getattr(self, name) or 0.0) for name in _LIPSCHITZ)
+        shift = residual + (change + second * (size + residual)) * distance / mu
         value = direct * distance + (mixed + cross * distance) * shift + cross * distance * size
         return Bound(value if math.isfinite(value) else None, f"{basis}, {place}")
 
-    def _strong_convexity(self, graph: GradientGraph, like: Tensors) -> tuple[float, str, str]:
+    def _strong_convexity(self, hessian: Operator, like: Tensors) -> tuple[float, str, str]:
         if not isinstance(self.strong_convexity, str):
             return self.strong_convexity, f"given μ = {self.strong_convexity:.2g}", ""
         dimension = sum(part.numel() for part in like)
-        estimate = estimate_spectrum(
-            lambda q: promote(full_hessian(graph, q)), like, products=min(self.products, dimension)
-        )
+        estimate = estimate_spectrum(hessian, like, products=min(self.products, dimension))
         mu = estimate.smallest - getattr(estimate, "smallest_residual", 0.0)
         note = f"no error bound: after {estimate.products} Lanczos products μ may be as low as {mu:.1e}"
         return mu, f"estimated μ = {mu:.2g}", note
 
-    def _mixed_norm(self, graph: GradientGraph, like: Tensors) -> float:
+    def _mixed_norm(self, mixed_product: Operator, like: Tensors) -> float:
         if not isinstance(self.mixed_norm, str):
             return self.mixed_norm
         generator = torch.Generator().manual_seed(0)
@@ -135,13 +140,8 @@ class Certificate:
             draw = torch.randn(sum(part.numel() for part in like), generator=generator)
             pieces = torch.split(draw, [part.numel() for part in like])
             probe = tuple(piece.reshape(part.shape).to(part) for piece, part in zip(pieces, like, strict=True))
-            largest = max(largest, float(norm(graph.mixed_again(probe))))
+            largest = max(largest, float(norm(mixed_product(probe))))
         return 10 * math.sqrt(2 / math.pi) * largest
-
-
-def full_hessian(graph: GradientGraph, q: Tensors) -> Tensors:
-    """Returns the Hessian's product, also where the curvature of the solve is another one."""
-    return graph.full_hessian(q) if isinstance(graph, GaussNewtonGraph) else graph.hessian(q)
 
 
 def as_certificate(owner: str, value: Certificate | Mapping[str, Any] | None) -> Certificate | None:

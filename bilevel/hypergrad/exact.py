@@ -41,4 +41,4 @@ class Exact(Implicit):
 
     def solve(self, system: System) -> tuple[Solution, State]:
         """See :meth:`Implicit.solve`."""
-        return dense(system.operator, system.v, epsilon=system.epsilon), {}
+        return dense(system.operator, system.v, epsilon=system.epsilon, symmetric=not system.transposed), {}

@@ -15,7 +15,7 @@ from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
 from bilevel.hypergrad.certificate import Bound, Certificate, as_certificate
 from bilevel.linear import Operator, Solution, damped, machine_epsilon
-from bilevel.products import DifferenceProducts, GaussNewtonGraph, GradientGraph, Products
+from bilevel.products import DifferenceProducts, FieldProducts, GaussNewtonGraph, GradientGraph, Products
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_number
 from bilevel.vector import Tensors, axpy, is_finite, norm, promote, scale, subtract
@@ -37,6 +37,8 @@ class System:
         start: The solution of the call before, in the same scale, where the method starts from it.
         diagonal: What the inner optimiser takes for the diagonal of H, or None.
         state: What the method kept at its last call.
+        transposed: Whether products are with the transposed Jacobian of the inner gradient; if not, the system is the
+            right one for a symmetric Jacobian only.
     """
 
     operator: Operator
@@ -45,6 +47,7 @@ class System:
     start: Tensors | None = None
     diagonal: Tensors | None = None
     state: State = field(default_factory=dict)
+    transposed: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ class Implicit(Estimator):
         curvature: H: ``"hessian"``, or ``"gauss_newton"``, the positive semi-definite part of it; the inner loss then
             returns ``{"loss": …, "outputs": …}``.
         products: How second-order products are taken: ``"autodiff"`` on a retained graph, or ``"finite_difference"`` of
-            first derivatives (2 forward and 2 backward passes each), where no double backward exists.
-        difference_step: ε of ``"finite_difference"``, see :class:`~bilevel.FiniteDifference`.
+            first derivatives (2 forward and 2 backward passes each), where no double backward exists; or ``"field"``,
+            by the dense Jacobian of the inner gradient, where a ``detach()`` in the inner loss hides part of it from
+            autograd (2 n passes for n inner variables).
+        difference_step: ε of the differences, see :class:`~bilevel.FiniteDifference`.
         certificate: What is known of the losses; an error bound then comes with the answer.
     """
 
@@ -72,18 +77,18 @@ class Implicit(Estimator):
         """Validates the shared fields; a subclass calls it."""
         owner = type(self).__name__
         check_choice(owner, "curvature", self.curvature, ("hessian", "gauss_newton"))
-        check_choice(owner, "products", self.products, ("autodiff", "finite_difference"))
+        check_choice(owner, "products", self.products, ("autodiff", "finite_difference", "field"))
         check_number(owner, "difference_step", self.difference_step, minimum=0.0, exclusive=True, auto=True)
         object.__setattr__(self, "certificate", as_certificate(owner, self.certificate))
         if self.curvature == "gauss_newton" and self.refuses_gauss_newton:
             raise ConfigError(f"{owner}(curvature='gauss_newton'): {self.refuses_gauss_newton}")
         if self.products == "autodiff":
             if self.difference_step != "auto":
-                raise ConfigError(f"{owner}.difference_step belongs to products='finite_difference'")
+                raise ConfigError(f"{owner}.difference_step belongs to products='finite_difference' or 'field'")
             return
         if self.curvature == "gauss_newton":
             raise ConfigError(
-                f"{owner}: curvature='gauss_newton' is taken by autodiff; with products='finite_difference' use "
+                f"{owner}: curvature='gauss_newton' is taken by autodiff; with products={self.products!r} use "
                 "curvature='hessian'"
             )
         if self.certificate is not None:
@@ -162,6 +167,11 @@ def with_products(estimator: Implicit, problem: InnerProblem, body: Callable[[Pr
     inner, outer, objective = problem.inner, problem.outer, problem.objective
     if estimator.products == "finite_difference":
         return body(DifferenceProducts(objective, inner, outer, estimator.difference_step))
+    if estimator.products == "field":
+        step = estimator.difference_step
+        return objective.within(
+            inner, outer, lambda evaluate: body(FieldProducts(objective, evaluate, inner, outer, step))
+        )
     kind = GaussNewtonGraph if estimator.curvature == "gauss_newton" else GradientGraph
     return objective.within(inner, outer, lambda evaluate: body(kind(objective, evaluate, inner, outer)))
 
@@ -170,7 +180,8 @@ def solve_adjoint(
     estimator: Implicit, products: Products, v: Tensors, state: State, diagonal: Tensors | None = None
 ) -> Pullback:
     """Solves the adjoint system; the last product gives answer and true residual together."""
-    system, counted = _Counted(products), estimator.regularisation()
+    system, damping = _Counted(lambda q: promote(products.hessian(q))), estimator.regularisation()
+    slope = float(norm([part.detach() for part in products.gradient]))
     epsilon = max(products.roundoff(), machine_epsilon(v))
     size = float(norm(v))
     # Inner products of a tiny or huge cotangent leave the range of float32; a power of two rescales without rounding.
@@ -180,12 +191,13 @@ def solve_adjoint(
         solution, kept = Solution(v, Status.CONVERGED, 0), {k: part for k, part in state.items() if k != SOLUTION}
     else:
         start = _start(estimator, v, state, unit)
-        given = System(damped(system, counted), v, epsilon, start, diagonal, state)
+        given = System(damped(system, damping), v, epsilon, start, diagonal, state, products.transposed)
         solution, new = estimator.solve(given)
         kept = {key: part for key, part in new.items() if key != SOLUTION}
-    bound = _certify(estimator, products, solution.q, v)
+    # In the outer loss's own units: its Lipschitz constants are not rescaled.
+    bound, extra = _certify(estimator, products, slope, scale(unit, solution.q), scale(unit, v))
     image, mixed = products.hessian_and_mixed(solution.q)
-    image = axpy(counted, solution.q, promote(image))
+    image = axpy(damping, solution.q, promote(image))
     residual = float(norm(subtract(image, v))) / float(norm(v)) if size > 0.0 else 0.0
     mixed = scale(unit, mixed)
     status, message = _verdict(estimator, products, solution, residual, epsilon)
@@ -197,10 +209,10 @@ def solve_adjoint(
         status=status,
         residual=residual,
         iterations=solution.iterations,
-        products=system.count + 1,
-        error_bound=None if bound.value is None else bound.value * unit,
+        products=system.count + extra + 1,
+        error_bound=bound.value,
         error_bound_basis=bound.basis,
-        inner_gradient_norm=float(norm([part.detach() for part in products.gradient])),
+        inner_gradient_norm=slope,
         method=estimator.name,
         message="; ".join(part for part in (message, bound.note) if part),
     )
@@ -208,13 +220,13 @@ def solve_adjoint(
 
 
 class _Counted:
-    def __init__(self, products: Products) -> None:
-        self._products = products
+    def __init__(self, product: Operator) -> None:
+        self._product = product
         self.count = 0
 
     def __call__(self, q: Tensors) -> Tensors:
         self.count += 1
-        return promote(self._products.hessian(q))
+        return self._product(q)
 
 
 def _start(estimator: Implicit, v: Tensors, state: State, unit: float) -> Tensors | None:
@@ -230,18 +242,21 @@ def _start(estimator: Implicit, v: Tensors, state: State, unit: float) -> Tensor
     return scale(1 / unit, tuple(a.to(b) for a, b in zip(known, v, strict=True)))
 
 
-def _certify(estimator: Implicit, products: Products, q: Tensors, v: Tensors) -> Bound:
+def _certify(estimator: Implicit, products: Products, slope: float, q: Tensors, v: Tensors) -> tuple[Bound, int]:
+    """Returns the error bound, and the products that it took."""
     if estimator.certificate is None or not is_finite(q):
-        return Bound(None)
+        return Bound(None), 0
     assert isinstance(products, GradientGraph)
-    return estimator.certificate.bound(products, q, v)
+    hessian = products.full_hessian if isinstance(products, GaussNewtonGraph) else products.hessian
+    second, mixed = _Counted(lambda q: promote(hessian(q))), _Counted(products.mixed_again)
+    return estimator.certificate.bound(second, mixed, slope, q, v), second.count + mixed.count
 
 
 def _verdict(
     estimator: Implicit, products: Products, solution: Solution, residual: float, epsilon: float
 ) -> tuple[Status, str]:
     status = estimator.judge(solution, residual, epsilon)
-    if products.lost > TOLERATED_ROUNDING and not status.failed:
+    if products.lost > TOLERATED_ROUNDING:  # what else went wrong is rounding too
         lost = f"rounding changes the displacements of the difference products by {products.lost:.0%}"
         return Status.INACCURATE, lost
     if solution.status is Status.CONVERGED and status is Status.STOPPED_AT_CAP:

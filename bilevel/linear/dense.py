@@ -15,7 +15,7 @@ __all__ = ["dense", "dense_matrix"]
 LARGEST_DIMENSION = 20_000
 
 
-def dense(operator: Operator, v: Tensors, *, epsilon: float | None = None) -> Solution:
+def dense(operator: Operator, v: Tensors, *, epsilon: float | None = None, symmetric: bool = False) -> Solution:
     """Solves ``H q = v`` by forming H, one product a column; H need not be symmetric.
 
     Costs n products, O(n²) memory and O(n³) operations for n unknowns, in float64. A positive definite H is
@@ -26,6 +26,7 @@ def dense(operator: Operator, v: Tensors, *, epsilon: float | None = None) -> So
         operator: The product with H.
         v: The right-hand side.
         epsilon: Relative round-off of the products, where it is larger than that of v.
+        symmetric: Whether H must be symmetric for the answer to be right; ``NOT_SYMMETRIC`` where it is not.
 
     Raises:
         ConfigError: n exceeds 20,000.
@@ -33,6 +34,8 @@ def dense(operator: Operator, v: Tensors, *, epsilon: float | None = None) -> So
     matrix = dense_matrix(operator, v)
     flat = torch.cat([part.reshape(-1).to(matrix) for part in v])
     solution, status, message = _solve(matrix, flat, epsilon or machine_epsilon(v))
+    if symmetric and message and status is not Status.DIVERGED:
+        status = Status.NOT_SYMMETRIC
     pieces = torch.split(solution, [part.numel() for part in v])
     q = tuple(piece.reshape(part.shape).to(part) for piece, part in zip(pieces, v, strict=True))
     return Solution(q, status, len(flat), message)

@@ -28,15 +28,24 @@ from bilevel import (
 )
 from bilevel.config import RunConfig, dump_config
 from bilevel.errors import BilevelWarning, ConfigError, UnknownNameError
+from bilevel.hypergrad import Certificate
 
 numbers = st.floats(min_value=1e-12, max_value=1e6)
 whole = st.integers(min_value=1, max_value=10**6)
+# PyYAML writes U+0085 as it is when it is allowed Unicode, and reads it back as a line break.
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85"), max_size=8)
+certificates = st.builds(Certificate, strong_convexity=st.just("estimate") | numbers, probes=whole)
+implicit = {
+    "curvature": st.sampled_from(["hessian", "gauss_newton"]),
+    "certificate": st.none() | certificates,
+}
+differences = {"products": st.just("finite_difference"), "difference_step": st.just("auto") | numbers}
 estimators = st.one_of(
     st.builds(FiniteDifference, epsilon=st.one_of(numbers, st.just("auto"))),
     st.just(Identity()),
-    st.builds(Neumann, terms=whole, step_size=st.one_of(numbers, st.just("auto")), damping=numbers),
-    st.builds(ConjugateGradient, max_iterations=whole, rtol=numbers, damping=numbers),
-    st.builds(Exact, damping=numbers),
+    st.builds(Neumann, terms=whole, step_size=st.one_of(numbers, st.just("auto")), damping=numbers, **implicit),
+    st.builds(ConjugateGradient, max_iterations=whole, rtol=numbers, damping=numbers, **differences),
+    st.builds(Exact, damping=numbers, **implicit),
     st.builds(Unrolled, steps=st.none() | whole, learning_rate=st.none() | numbers),
 )
 
@@ -84,7 +93,7 @@ class Config:
 
 recipes = st.builds(
     Config,
-    name=st.text(max_size=8),
+    name=texts,
     folder=st.sampled_from([Path("a/b"), Path("c")]),
     size=st.integers(-(10**9), 10**9),
     rate=st.floats(allow_nan=False, allow_infinity=False),
