@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.result import Status
-from bilevel.vector import Tensors, axpy
+from bilevel.vector import Tensors, axpy, norm, subtract, zeros_like
 
-__all__ = ["Operator", "Solution", "damped", "machine_epsilon"]
+__all__ = ["Operator", "Preconditioner", "Solution", "damped", "first_residual", "gaussian", "machine_epsilon"]
 
 Operator = Callable[[Tensors], Tensors]
 """A product ``q ↦ H q`` on tuples of tensors."""
+
+Preconditioner = Callable[[Tensors], Tensors]
+"""A product ``v ↦ P⁻¹ v`` with a symmetric positive definite P that resembles H."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Solution:
     Attributes:
         q: The (approximate) solution.
         status: How the solver ended, as far as it can tell by itself.
-        iterations: Products with ``H`` that the solver took in its main loop.
+        iterations: Products with ``H`` that the solver took, the one for the residual of a start among them.
         message: Anything worth reporting.
     """
 
@@ -43,3 +46,23 @@ def damped(operator: Operator, damping: float) -> Operator:
 def machine_epsilon(vector: Tensors) -> float:
     """Returns the largest unit round-off of the vector's dtypes."""
     return max(torch.finfo(part.dtype).eps for part in vector)
+
+
+def first_residual(operator: Operator, v: Tensors, start: Tensors | None) -> tuple[Tensors, Tensors, int]:
+    """Returns where a solver begins, its residual ``v − Hq``, and the products that this took.
+
+    A start whose residual is larger than that of zero (or is not finite) is worse than none, and dropped.
+    """
+    if start is None:
+        return zeros_like(v), v, 0
+    residual = subtract(v, operator(start))
+    if not float(norm(residual)) <= float(norm(v)):
+        return zeros_like(v), v, 1
+    return start, residual, 1
+
+
+def gaussian(like: Tensors, generator: torch.Generator) -> Tensors:
+    """Returns a vector of standard normal entries: one draw, on the CPU, however the vector is split or held."""
+    sizes = [part.numel() for part in like]
+    pieces = torch.split(torch.randn(sum(sizes), generator=generator, dtype=torch.float32), sizes)
+    return tuple(piece.reshape(part.shape).to(part) for piece, part in zip(pieces, like, strict=True))

@@ -1,99 +1,101 @@
-"""The conjugate gradient method."""
+"""The conjugate gradient method, with and without a preconditioner."""
 
 from __future__ import annotations
 
 import torch
 
-from bilevel.linear.base import Operator, Solution, machine_epsilon
+from bilevel.linear.base import Operator, Preconditioner, Solution, first_residual, machine_epsilon
+from bilevel.linear.probe import Probe
 from bilevel.result import Status
-from bilevel.vector import Tensors, axpy, dot, norm, zeros_like
+from bilevel.vector import Tensors, axpy, dot, norm
 
 __all__ = ["conjugate_gradient"]
 
-# Both in units of the round-off, relative to the largest product seen.
-ASYMMETRY_TOLERANCE = 1e3
+# In units of the round-off, relative to the largest product seen.
 FLAT = 10.0
-# Share of the right-hand side that rounding may take before H counts as singular.
-LOST = 0.1
 
 
 def conjugate_gradient(
-    operator: Operator, v: Tensors, *, max_iterations: int, rtol: float, epsilon: float | None = None
+    operator: Operator,
+    v: Tensors,
+    *,
+    max_iterations: int,
+    rtol: float,
+    epsilon: float | None = None,
+    start: Tensors | None = None,
+    preconditioner: Preconditioner | None = None,
 ) -> Solution:
-    """Solves ``H q = v`` for a symmetric positive definite H (Hestenes and Stiefel 1952), from q = 0.
+    """Solves ``H q = v`` for a symmetric positive definite H (Hestenes and Stiefel 1952).
 
-    After k iterations the error in the H-norm is at most ``2 ((√κ − 1)/(√κ + 1))ᵏ`` of ``‖q*‖_H``, κ the condition
-    number.
+    After k iterations the error in the H-norm is at most ``2 ((√κ − 1)/(√κ + 1))ᵏ`` of the start's, κ the condition
+    number of H, or of ``P^(−1/2) H P^(−1/2)`` with a preconditioner (Saad, Iterative methods for sparse linear systems,
+    algorithm 9.1).
 
     Args:
         operator: The product with H.
         v: The right-hand side.
-        max_iterations: Cap on iterations, one product each.
+        max_iterations: Cap on iterations, one product each; a start takes one more, for its residual.
         rtol: Stops once ``‖H q − v‖ ≤ rtol ‖v‖``; 0 runs to the cap, or to the dtype's round-off.
         epsilon: Relative round-off of the products, where it is larger than that of v.
+        start: The first iterate; zero without it, or where its residual is larger than that of zero.
+        preconditioner: ``r ↦ P⁻¹ r`` with P symmetric positive definite. Stopping goes by the residual itself.
 
     Returns:
         The solution. On a direction p with pᵀHp ≤ 0 the iterate before it is returned, with status
         ``NEGATIVE_CURVATURE``, or ``SINGULAR`` where Hp is rounding only. ``NOT_SYMMETRIC`` where ``pᵀ(Hp')`` and
-        ``p'ᵀ(Hp)`` differ for two successive directions: a probe that costs no product.
+        ``p'ᵀ(Hp)`` differ for two successive directions: a probe that costs no product. ``DIVERGED`` where a product
+        is not finite, or P shows not to be positive definite.
     """
-    q, residual, direction = zeros_like(v), v, v
-    squared = start = float(dot(v, v))
-    probe = _Probe(epsilon or machine_epsilon(v))
+    q, residual, products = first_residual(operator, v, start)
+    goal = float(dot(v, v))
+    direction, energy, squared = _precondition(preconditioner, residual)
+    probe = Probe(epsilon or machine_epsilon(v))
     # The recursion's residual keeps falling below what q can represent; going on only collects rounding (and NaN).
-    target = max(rtol, 0.01 * probe.epsilon) ** 2 * start
-    for iteration in range(max_iterations):
+    target = max(rtol, 0.01 * probe.epsilon) ** 2 * goal
+    status, message = Status.STOPPED_AT_CAP, ""
+    for _ in range(max_iterations):
         if squared <= target:
-            return probe.solution(q, Status.CONVERGED, iteration, start)
+            break
+        if not energy > 0.0:
+            status, message = Status.DIVERGED, "the preconditioner is not positive definite, or not finite"
+            break
         product = operator(direction)
-        status = probe.look(direction, product)
-        if status is not None:
-            return probe.solution(q, status, iteration + 1, start)
-        step = squared / probe.curvature
+        products += 1
+        curvature, stop = _look(probe, direction, product)
+        if stop is not None:
+            status = stop
+            break
+        step = energy / curvature
         q = axpy(step, direction, q)
         residual = axpy(-step, product, residual)
-        previous, squared = squared, float(dot(residual, residual))
-        direction = axpy(squared / previous, direction, residual)
-    return probe.solution(q, Status.CONVERGED if squared <= target else Status.STOPPED_AT_CAP, max_iterations, start)
+        before = energy
+        scaled, energy, squared = _precondition(preconditioner, residual)
+        direction = axpy(energy / before, direction, scaled)
+    if status is Status.STOPPED_AT_CAP and squared <= target:
+        status = Status.CONVERGED
+    return probe.solution(q, status, products, goal**0.5, message)
 
 
-class _Probe:
-    """What directions and their products tell about H: its sign, its null space, its symmetry."""
+def _precondition(preconditioner: Preconditioner | None, residual: Tensors) -> tuple[Tensors, float, float]:
+    """Returns ``z = P⁻¹ r``, ``rᵀz`` and ``rᵀr``."""
+    if preconditioner is None:
+        squared = float(dot(residual, residual))
+        return residual, squared, squared
+    scaled = preconditioner(residual)
+    energy, squared = torch.stack([dot(residual, scaled), dot(residual, residual)]).tolist()
+    return scaled, energy, squared
 
-    def __init__(self, epsilon: float) -> None:
-        self.epsilon = epsilon
-        self.curvature = 0.0
-        self._largest = 0.0
-        self._asymmetry = 0.0
-        self._before: tuple[Tensors, Tensors, float] | None = None
 
-    def look(self, direction: Tensors, product: Tensors) -> Status | None:
-        """Takes a pair in; returns a status where conjugate gradients must stop."""
-        crossed = None if self._before is None else dot(self._before[0], product) - dot(direction, self._before[1])
-        numbers = [dot(direction, product), norm(direction), norm(product)] + ([] if crossed is None else [crossed])
-        self.curvature, length, size, *difference = torch.stack(numbers).tolist()
-        if self.curvature != self.curvature or size == float("inf"):
-            return Status.DIVERGED
-        self._largest = max(self._largest, size / length)
-        if self._before is not None:
-            self._asymmetry = max(self._asymmetry, abs(difference[0]) / (length * self._before[2]))
-        self._before = direction, product, length
-        flat = FLAT * self.epsilon * self._largest * length**2
-        if self.curvature > flat:
-            return None
-        # ‖Hp‖² ≤ λmax pᵀHp where H is semi-definite: a flat direction then has a vanishing product
-        vanishes = size <= 10 * self.epsilon**0.5 * self._largest * length
-        return Status.SINGULAR if vanishes and abs(self.curvature) <= flat else Status.NEGATIVE_CURVATURE
-
-    def solution(self, q: Tensors, status: Status, iterations: int, start: float) -> Solution:
-        """Makes the result. Asymmetry explains other failures, but not a singular H, whose products are noise."""
-        if status is Status.DIVERGED:
-            return Solution(q, status, iterations, "a Hessian product is not finite")
-        # Rounding of ‖H‖‖q‖ is what the recursion's residual does not see.
-        unseen = self.epsilon * self._largest * float(norm(q))
-        if status is Status.SINGULAR or (status is not Status.NEGATIVE_CURVATURE and unseen > LOST * start**0.5):
-            return Solution(q, Status.SINGULAR, iterations)
-        if self._asymmetry > ASYMMETRY_TOLERANCE * self.epsilon * self._largest:
-            asymmetry = self._asymmetry / self._largest
-            return Solution(q, Status.NOT_SYMMETRIC, iterations, f"relative asymmetry {asymmetry:.1e}")
-        return Solution(q, status, iterations)
+def _look(probe: Probe, direction: Tensors, product: Tensors) -> tuple[float, Status | None]:
+    """Returns the curvature pᵀHp, and a status where conjugate gradients must stop."""
+    numbers = [dot(direction, product), norm(direction), norm(product), *probe.crossed(direction, product)]
+    curvature, length, size, *crossed = torch.stack(numbers).tolist()
+    if curvature != curvature or size == float("inf"):
+        return curvature, Status.DIVERGED
+    probe.record(direction, product, length, size, crossed)
+    flat = FLAT * probe.epsilon * probe.largest * length**2
+    if curvature > flat:
+        return curvature, None
+    # ‖Hp‖² ≤ λmax pᵀHp where H is semi-definite: a flat direction then has a vanishing product
+    vanishes = size <= 10 * probe.epsilon**0.5 * probe.largest * length
+    return curvature, Status.SINGULAR if vanishes and abs(curvature) <= flat else Status.NEGATIVE_CURVATURE
