@@ -5,26 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from bilevel.functional import (
-    Evaluate,
-    Objective,
-    dense_gradient,
-    gradient,
-    independent,
-    leaves,
-    require_finite,
-)
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
-from bilevel.products import difference_length, displaced, lost_to_rounding
-from bilevel.result import SolveInfo, Status
+from bilevel.hypergrad.mixed_product import mixed_product
+from bilevel.result import SolveInfo
 from bilevel.validation import check_number
-from bilevel.vector import Tensors, is_finite, norm, promote
+from bilevel.vector import Tensors, promote
 
 __all__ = ["FiniteDifference"]
-
-TOLERATED_ROUNDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -73,47 +60,8 @@ class _DifferenceResponse(Response):
         return self.problem.inner
 
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
-        v = promote(cotangent)
-        inner, outer, objective = self.problem.inner, self.problem.outer, self.problem.objective
-        size = float(norm(v))
-        name = self.estimator.name
-        if size == 0.0:  # the outer loss is flat in the inner parameters
-            zeros = tuple(torch.zeros_like(part) for part in outer)
-            return Pullback(zeros, SolveInfo(Status.NOT_APPLICABLE, method=name), state)
-        epsilon = difference_length(self.estimator.epsilon, inner)
-        with torch.no_grad():
-            moves = tuple(step * (epsilon / size) for step in v)
-            ahead, behind = displaced(inner, moves, 1), displaced(inner, moves, -1)
-            lost = lost_to_rounding(ahead, behind, moves)
-        forward, backward = (_outer_gradient(objective, place, outer) for place in (ahead, behind))
-        half = size / (2 * epsilon)
-        mixed = tuple(
-            (a.to(torch.promote_types(a.dtype, torch.float32)) - b) * half
-            for a, b in zip(forward, backward, strict=True)
-        )
-        status = Status.INACCURATE if lost > TOLERATED_ROUNDING else Status.NOT_APPLICABLE
-        if not is_finite(mixed):
-            status = Status.DIVERGED
-        if status is Status.DIVERGED or float(norm(mixed)) == 0.0:
-            _require_dependence(objective, inner, outer)
-        message = f"epsilon {epsilon:.3g}, norm of direction {size:.3g}, rounding of the displacement {lost:.0e}"
-        info = SolveInfo(status, products=2, method=name, message=message)
-        return Pullback(negative(mixed), info, state)
-
-
-def _require_dependence(objective: Objective, inner: Tensors, outer: Tensors) -> None:
-    """Tells why differences vanish or are not finite, where the inner loss itself is at fault; one more pass."""
-    point = leaves(inner)
-
-    def body(evaluate: Evaluate) -> None:
-        value = evaluate()
-        require_finite(value, objective.name)
-        if all(grad is None for grad in gradient(value, point, objective)):
-            raise independent(objective.name)
-
-    objective.within(point, outer, body)
-
-
-def _outer_gradient(objective: Objective, inner: Tensors, outer: Tensors) -> Tensors:
-    grads = objective.within(inner, outer, lambda evaluate: gradient(evaluate(), outer, objective))
-    return dense_gradient(grads, outer)
+        objective, inner, outer = self.problem.objective, self.problem.inner, self.problem.outer
+        epsilon = self.estimator.epsilon
+        found = mixed_product(objective, inner, outer, promote(cotangent), difference="central", epsilon=epsilon)
+        info = SolveInfo(found.status, products=found.products, method=self.estimator.name, message=found.message)
+        return Pullback(negative(found.value), info, state)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bilevel import Estimator, Hypergradient, hypergradient
+from bilevel import Estimator, Hypergradient
+from bilevel import hypergradient as call
 from bilevel.errors import LossError, NonFiniteError, ParameterError
 from bilevel.functional import FunctionObjective, PassCount, leaves
 from bilevel.hypergrad import InnerProblem, as_estimator, available_methods
@@ -25,6 +26,11 @@ from bilevel.randomness import Replay
 from tests.bilevel.strategies import DOUBLE, EPSILON, Sample, forall, make_quadratic, quadratics, samples
 
 Pair = namedtuple("Pair", ["first", "second"])
+
+
+def hypergradient(inner_loss: Any, outer_loss: Any, inner: Any, outer: Any, method: Estimator) -> Hypergradient:
+    """The first call of a method, with an empty state where it goes on from its last call."""
+    return call(inner_loss, outer_loss, inner, outer, method, state={} if method.needs_state else None)
 
 
 def solve(sample: Sample, estimator: Estimator, dtype: torch.dtype = DOUBLE) -> Hypergradient:
@@ -90,6 +96,10 @@ class EstimatorContract(ABC):
     def passes(self, estimator: Estimator, result: Hypergradient) -> tuple[int, int]:
         """Forward and backward passes of the inner loss that its documentation promises."""
 
+    def stays(self, estimator: Estimator) -> bool:
+        """Whether the outer loss is taken at the very inner parameters that were given."""
+        return estimator.name != "unrolled"
+
     def target(self, sample: Sample) -> Tensor:
         """What the default estimator computes; the exact hypergradient unless overridden."""
         return sample.hypergradient()
@@ -105,8 +115,9 @@ class EstimatorContract(ABC):
 
     @forall(40, sample=samples(), data=st.data())
     def test_direct_part_value_and_point_do_not_depend_on_the_method(self, sample: Sample, data: st.DataObject) -> None:
-        result = solve(sample, data.draw(self.estimators(sample)))
-        if result.info.method != "unrolled":
+        estimator = data.draw(self.estimators(sample))
+        result = solve(sample, estimator)
+        if self.stays(estimator):
             torch.testing.assert_close(result.inner, sample.inner, rtol=0, atol=0)
         torch.testing.assert_close(result.direct, sample.direct, rtol=1e-12, atol=1e-12)
         expected = float(sample.losses()[1](result.inner, sample.outer))
