@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear.base import Operator, Solution, first_residual, machine_epsilon
+from bilevel.linear.probe import ASYMMETRY_TOLERANCE
 from bilevel.result import Status
 from bilevel.vector import Tensors, axpy, dot, norm, scale, subtract
 
@@ -32,6 +33,7 @@ def gmres(
     restart: int | None = None,
     epsilon: float | None = None,
     start: Tensors | None = None,
+    symmetric: bool = False,
 ) -> Solution:
     """Solves ``H q = v`` for any invertible H (Saad and Schultz 1986).
 
@@ -48,6 +50,8 @@ def gmres(
         restart: Iterations of a cycle, which keeps as many vectors; None for one cycle.
         epsilon: Relative round-off of the products, where it is larger than that of v.
         start: The first iterate; zero without it, or where its residual is larger than that of zero.
+        symmetric: Whether H must be symmetric for the answer to be right; ``NOT_SYMMETRIC`` where it shows not to be,
+            which costs no product.
 
     Returns:
         The solution. ``STOPPED_AT_CAP`` with a message where a cycle made no progress: the next one would not either.
@@ -59,13 +63,13 @@ def gmres(
     epsilon = epsilon or machine_epsilon(v)
     # The recursion's residual keeps falling below what q can represent; going on only collects rounding.
     target = max(rtol, 0.01 * epsilon) * goal
-    size, largest, left = float(norm(residual)), 0.0, max_iterations
+    size, largest, asymmetry, left = float(norm(residual)), 0.0, 0.0, max_iterations
     status, message = Status.STOPPED_AT_CAP, ""
     while size > target and left > 0:
         cycle = _Cycle(operator, residual, size, epsilon, epsilon / (HIDDEN * goal))
         cycle.iterate(target, min(left, restart or left))
         products, left = products + cycle.products, left - cycle.products
-        largest = max(largest, cycle.largest)
+        largest, asymmetry = max(largest, cycle.largest), max(asymmetry, cycle.asymmetry)
         q = cycle.correct(q)
         if cycle.status is not Status.STOPPED_AT_CAP or left == 0:
             status = cycle.status
@@ -85,6 +89,8 @@ def gmres(
         message = "a Hessian product is not finite"
     elif epsilon * largest * float(norm(q)) > HIDDEN * goal:
         status = Status.SINGULAR  # rounding of ‖H‖‖q‖ is what the recursion's residual does not see
+    elif symmetric and asymmetry > ASYMMETRY_TOLERANCE * epsilon * largest:
+        status, message = Status.NOT_SYMMETRIC, f"relative asymmetry {asymmetry / largest:.1e}"
     return Solution(q, status, products, message)
 
 
@@ -95,12 +101,15 @@ class _Cycle:
         status: How it ended: ``STOPPED_AT_CAP`` where neither of the others holds.
         products: Products taken.
         largest: The largest ``‖Hp‖ / ‖p‖`` seen.
+        asymmetry: The largest ``|pᵀHp' − p'ᵀHp|`` of two vectors of the basis.
     """
 
     def __init__(self, operator: Operator, residual: Tensors, size: float, epsilon: float, loss: float) -> None:
         self.status = Status.STOPPED_AT_CAP
         self.products = 0
         self.largest = 0.0
+        self.asymmetry = 0.0
+        self._before = 0.0
         self._operator = operator
         self._epsilon = epsilon
         self._loss = loss  # times ‖H‖‖q‖: 1 where rounding hides the right-hand side
@@ -119,6 +128,9 @@ class _Cycle:
                 self.status = Status.DIVERGED
                 return
             self.largest = max(self.largest, size)
+            # The Hessenberg matrix of a symmetric H is symmetric, and so tridiagonal.
+            above = [abs(entry) for entry in column[:-2]] + [abs(entry - self._before) for entry in column[-2:-1]]
+            self.asymmetry, self._before = max([self.asymmetry, *above]), after
             ends = after <= FLAT * self._epsilon * self.largest
             if not self._take(column, 0.0 if ends else after):
                 self.status = Status.SINGULAR

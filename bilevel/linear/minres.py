@@ -82,7 +82,8 @@ def minres(
         q = run.q if size <= before else q
         rounded = not run.suspended and size > 2 * max(target, run.residual)
         if rounded and (max_iterations == 0 or not size <= 0.5 * before):
-            lost = probe.epsilon * run.condition**2 > 1.0  # no digit of a solution survives
+            unseen = probe.epsilon * probe.largest * float(norm(run.q))
+            lost = unseen > HIDDEN * goal or probe.epsilon * run.condition**2 > 1.0  # no digit of a solution survives
             return probe.solution(q, Status.SINGULAR if lost else Status.STOPPED_AT_CAP, products, goal, ROUNDED)
         if max_iterations == 0:
             return probe.solution(q, Status.STOPPED_AT_CAP, products, goal, run.curvature())

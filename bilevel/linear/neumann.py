@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear.base import Operator, Preconditioner, Solution, first_residual, machine_epsilon
+from bilevel.linear.probe import Probe
 from bilevel.result import Status
 from bilevel.vector import Tensors, add, axpy, dot, norm, scale
 
@@ -21,6 +22,7 @@ def neumann(
     epsilon: float | None = None,
     start: Tensors | None = None,
     preconditioner: Preconditioner | None = None,
+    symmetric: bool = False,
 ) -> Solution:
     """Solves ``H q = v`` by ``q = q₀ + α Σₖ₌₀ᴷ (I − αP⁻¹H)ᵏ P⁻¹(v − Hq₀)``.
 
@@ -36,6 +38,8 @@ def neumann(
         epsilon: Relative round-off of the products, where it is larger than that of v.
         start: q₀; zero without it, or where its residual is larger than that of zero.
         preconditioner: ``r ↦ P⁻¹ r`` with P symmetric positive definite; the identity without it.
+        symmetric: Whether H must be symmetric for the answer to be right; ``NOT_SYMMETRIC`` where it shows not to be,
+            which takes two terms and costs no product.
 
     Returns:
         The solution. Its status is ``STOPPED_AT_CAP``; ``CONVERGED`` where the start's residual is zero; ``DIVERGED``
@@ -50,8 +54,11 @@ def neumann(
     total = summand
     # The norm in which the summands of a symmetric H shrink or grow monotonously is ‖p‖_P, and Pp is the residual.
     norms, sizes, curvatures = [_length(summand, residual, preconditioner)], [], []
+    probe = Probe(epsilon or machine_epsilon(v))
     for _ in range(terms):
         product = operator(summand)
+        if symmetric:
+            probe.look(summand, product)
         scaled = product if preconditioner is None else preconditioner(product)
         squared = norms[-1].square().clamp_min(1e-300)
         sizes.append(_length(scaled, product, preconditioner) / squared.sqrt())

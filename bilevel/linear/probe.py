@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bilevel.linear.base import Solution
@@ -49,6 +50,19 @@ class Probe:
             self._asymmetry = max(self._asymmetry, abs(crossed[0]) / (length * self._before[2]))
         self._before = direction, product, length
 
+    def look(self, direction: Tensors, product: Tensors) -> None:
+        """Takes a direction and its product in."""
+        length, size, *crossed = torch.stack(
+            [norm(direction), norm(product), *self.crossed(direction, product)]
+        ).tolist()
+        if length > 0.0:
+            self.record(direction, product, length, size, crossed)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether H shows not to be symmetric."""
+        return self._asymmetry > ASYMMETRY_TOLERANCE * self.epsilon * self.largest
+
     def solution(self, q: Tensors, status: Status, iterations: int, size: float, message: str = "") -> Solution:
         """Makes the result for a right-hand side of norm ``size``.
 
@@ -60,7 +74,7 @@ class Probe:
         unseen = self.epsilon * self.largest * float(norm(q))
         if status is Status.SINGULAR or (status is not Status.NEGATIVE_CURVATURE and unseen > self.lost * size):
             return Solution(q, Status.SINGULAR, iterations, message)
-        if self._asymmetry > ASYMMETRY_TOLERANCE * self.epsilon * self.largest:
+        if self.asymmetric:
             asymmetry = self._asymmetry / self.largest
             return Solution(q, Status.NOT_SYMMETRIC, iterations, f"relative asymmetry {asymmetry:.1e}")
         return Solution(q, status, iterations, message)

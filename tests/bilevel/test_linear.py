@@ -20,7 +20,7 @@ from bilevel.linear import (
     richardson,
 )
 from bilevel.result import Status
-from tests.bilevel.operators import Counted, residual_of, system, systems
+from tests.bilevel.operators import Counted, residual_of, skewed_system, system, systems
 from tests.bilevel.strategies import DOUBLE, forall, logarithmic, spectrum_matrix
 
 
@@ -217,6 +217,20 @@ def test_neumann_status_with_a_preconditioner() -> None:
     assert bad.status is Status.DIVERGED
     indefinite = neumann(Counted(-H, (2,)), v, terms=3, step_size=0.5, preconditioner=inverse)
     assert indefinite.status is Status.NEGATIVE_CURVATURE
+
+
+@forall(30, number=st.integers(0, 2**31), size=st.integers(2, 8), skew=logarithmic(1e-6, 0.3))
+def test_neumann_tells_an_asymmetry_where_there_must_be_none(number: int, size: int, skew: float) -> None:
+    operator, v = system(number, size, 10.0)
+    options = {"terms": 6, "step_size": 0.5, "symmetric": True}
+    assert neumann(operator, operator.split(v), **options).status is Status.STOPPED_AT_CAP
+    skewed, v = skewed_system(number, size, skew / size)
+    found = neumann(skewed, skewed.split(v), **options)
+    assert found.status is Status.NOT_SYMMETRIC
+    assert found.iterations == skewed.products == 6
+    plain = neumann(skewed, skewed.split(v), terms=6, step_size=0.5)
+    assert plain.status is Status.STOPPED_AT_CAP
+    assert torch.equal(torch.cat(plain.q), torch.cat(found.q))
 
 
 def test_neumann_at_the_solution_returns_it() -> None:

@@ -175,6 +175,22 @@ def test_restarts_refine_what_rounding_left() -> None:
     assert residual_of(operator, solution.q, v) < 1e-3
 
 
+@forall(40, number=st.integers(0, 2**31), size=st.integers(2, 12), skew=logarithmic(1e-6, 1.0), single=st.booleans())
+def test_an_asymmetry_is_told_where_there_must_be_none(number: int, size: int, skew: float, single: bool) -> None:
+    dtype = torch.float32 if single else DOUBLE
+    operator, v = system(number, size, 10.0, dtype)
+    options = {"max_iterations": 2 * size, "rtol": 1e-5, "symmetric": True}
+    assert gmres(operator, operator.split(v), **options).status is Status.CONVERGED
+    skewed, v = skewed_system(number, size, 100 * skew if single else skew)
+    skewed.matrix, v = skewed.matrix.to(dtype), v.to(dtype)
+    found = gmres(skewed, skewed.split(v), **options)
+    assert found.status is Status.NOT_SYMMETRIC
+    assert "relative asymmetry" in found.message
+    plain = gmres(skewed, skewed.split(v), **{**options, "symmetric": False})
+    assert (plain.status, plain.iterations) == (Status.CONVERGED, found.iterations)
+    assert torch.equal(torch.cat(plain.q), torch.cat(found.q))
+
+
 def test_products_that_are_not_finite_are_reported() -> None:
     for bad in (math.nan, math.inf):
         for good in (0, 1, 2):
