@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.check import hypergradcheck
+from bilevel.comparison import REFERENCES
 from bilevel.config import RunConfig, dump_config, load_config
 from bilevel.engine import Engine
 from bilevel.errors import BilevelError, ConfigError
@@ -54,6 +55,11 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY.SUB=VALUE", help="Overrides one setting; repeatable.", show_default=False),
 ]
 Seed = Annotated[int | None, typer.Option(help="Short for --set engine.seed=…; seeds torch too.", show_default=False)]
+_REFERENCE_HELP = (
+    "exact: the dense inner Hessian at the parameters as they are, which judges the method alone. unrolled: gradient "
+    "steps to the inner solution, differentiated. central_difference: the inner problem solved again for changed outer "
+    "parameters. The last two also judge how well the inner problem is solved."
+)
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -104,18 +110,21 @@ def check(
     overrides: Overrides = None,
     seed: Seed = None,
     after: Annotated[int, typer.Option(min=0, help="Outer steps to take before the check.")] = 0,
+    reference: Annotated[str, typer.Option("--reference", "-r", metavar="NAME", help=_REFERENCE_HELP)] = REFERENCES[0],
     rtol: Annotated[float, typer.Option(help="Largest relative error that passes.")] = 1e-3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Compares a recipe's hypergradient with an exact one; exit code 1 if it is further off than --rtol."""
+    """Compares a recipe's hypergradient with a reference; exit code 1 unless it is within --rtol."""
     with _reported(debug, recipe):
         made, settings = _settings(recipe, config, overrides, {"engine.seed": seed})
         engine = _build(made, settings)
         with made.located():
             if after:
                 engine.run(after)
-            report = hypergradcheck(engine, rtol=rtol)
-        Console(soft_wrap=True).print(str(report), markup=False, highlight=False)
+            report = hypergradcheck(engine, reference=reference, rtol=rtol)
+        text = json.dumps(report.describe(), indent=2, ensure_ascii=False) if as_json else str(report)
+        Console(soft_wrap=True).print(text, markup=False, highlight=False)
         if not report.passed:
             raise typer.Exit(CHECK_FAILED)
 

@@ -1,29 +1,47 @@
-"""A method's hypergradient beside the exact one, with all that may explain a difference."""
+"""A method's hypergradient beside a reference, with all that may explain a difference."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bilevel import reference as exact
+from bilevel.diagnosis import Diagnosis, diagnose, foreign_generators_preserved, reduced_precision
 from bilevel.engine import Engine
-from bilevel.errors import BilevelError
-from bilevel.feed import Feed
-from bilevel.functional import ModuleObjective, Objective, PassCount, buffers_protected, leaves
+from bilevel.errors import BilevelError, ConfigError
+from bilevel.functional import Objective, PassCount
 from bilevel.hypergrad import Estimator, InnerProblem
 from bilevel.hypergrad.function import Loss, function_objective, outer_gradients, variables
-from bilevel.problems.differentiate import InnerRecord
 from bilevel.randomness import Replay, capture, generator_devices, preserved
-from bilevel.reference import ExactResponse, PreciseObjective, Precision
+from bilevel.references import (
+    TOLERATED_DIFFERENCE,
+    DenseField,
+    GradientField,
+    Level,
+    Nested,
+    PreciseObjective,
+    Precision,
+    ReferenceValue,
+    central_difference,
+    dense_fields,
+    exact,
+    unrolled,
+)
+from bilevel.report import dtype_name
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors, add, norm, subtract
 
-__all__ = ["Comparison", "compare_engine", "compare_functions", "dtype_name", "relative_distance"]
+__all__ = ["REFERENCES", "Comparison", "compare_engine", "compare_functions", "relative_distance"]
+
+REFERENCES = ("exact", "unrolled", "central_difference")
+
+_TOLERATED_NOISE = 1e-6
+
+DENSE_DIMENSION = 1_000
+"""Up to so many inner variables, the dense Jacobian is formed for the diagnosis, whatever the reference."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +51,50 @@ class Comparison:
     Attributes:
         names: Of the outer parameters.
         found: The method's hypergradient.
-        expected: The exact one.
+        references: The reference for each outer problem.
+        local: The exact formula at the given point, where the reference moved away from it and the Jacobian is small.
         estimators: The methods: one, or those of an engine's inner problems.
-        info: The method's report.
-        responses: The exact best-response products.
-        precision: How the exact one was computed.
-        notes: What limits the exact one.
+        infos: The methods' reports, by inner problem.
+        diagnoses: What the probes found, by outer problem.
+        precision: How the reference was computed.
+        notes: What limits the reference.
         method_error: Relative distance to the same method in float64; NaN where that is not known.
+        reduced: What computes in reduced precision.
     """
 
     names: Sequence[str]
     found: Tensors
-    expected: Tensors
+    references: Sequence[ReferenceValue]
+    local: Tensors | None
     estimators: Sequence[Estimator]
     info: SolveInfo
-    responses: Sequence[ExactResponse]
+    diagnoses: Sequence[Diagnosis]
     precision: Precision
     notes: tuple[str, ...] = ()
     method_error: float = math.nan
+    reduced: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> Tensors:
+        """The reference over all outer parameters."""
+        return tuple(part for reference in self.references for part in reference.value)
+
+
+@dataclass(frozen=True)
+class _Result:
+    references: Sequence[ReferenceValue]
+    local: Tensors | None
+    diagnoses: Sequence[Diagnosis]
+    nodes: frozenset[str]
 
 
 def compare_functions(
-    inner_loss: Loss, outer_loss: Loss, inner_params: Any, outer_params: Any, estimator: Estimator
+    inner_loss: Loss, outer_loss: Loss, inner_params: Any, outer_params: Any, estimator: Estimator, reference: str
 ) -> Comparison:
-    """Compares a method with the exact hypergradient of two functions."""
+    """Compares a method with a reference for two functions."""
     inner, inner_structure, outer, outer_structure = variables(inner_params, outer_params)
     devices = generator_devices(inner + outer)
-    with preserved(devices):
+    with preserved(devices), foreign_generators_preserved():
         states, passes = capture(devices), PassCount()
         lower, upper = (
             function_objective(loss, name, inner_structure, outer_structure, Replay(devices, states), passes)
@@ -67,19 +102,136 @@ def compare_functions(
         )
         found, info, point = _total(estimator, lower, upper, inner, outer)
 
-        def expected(precision: Precision) -> tuple[Tensors, list[ExactResponse]]:
-            w, lam = precision.leaves(point), precision.leaves(outer)
-            cotangent, direct = exact.outer_gradients(PreciseObjective(upper, precision), w, lam)
-            response = exact.best_response(PreciseObjective(lower, precision), w, lam, cotangent)
-            return add(direct, response.value), [response]
+        def nested(precision: Precision) -> list[Nested]:
+            level = Level(
+                "the inner problem",
+                PreciseObjective(lower, precision),
+                precision.leaves(point),
+                inner_structure.names,
+                ("the outer problem",),
+            )
+            objective = PreciseObjective(upper, precision)
+            return [Nested("the outer problem", objective, precision.leaves(outer), outer_structure.names, (level,))]
 
-        precision, (total, responses), notes = _in_float64(
-            inner[0].dtype, expected, [(lower, leaves(point), outer), (upper, leaves(point), outer)]
-        )
+        precision, result, notes = _in_float64(inner[0].dtype, nested, [found], reference)
         rounding = _distance_to_double(estimator, lower, upper, inner, outer, found, precision)
     return Comparison(
-        outer_structure.names, found, total, [estimator], info, responses, precision, notes, method_error=rounding
+        outer_structure.names,
+        found,
+        result.references,
+        result.local,
+        [estimator],
+        info,
+        result.diagnoses,
+        precision,
+        notes,
+        method_error=rounding,
+        reduced=reduced_precision(inner + outer, result.nodes),
     )
+
+
+def compare_engine(engine: Engine, batches: Mapping[str, Any] | None, reference: str) -> Comparison:
+    """Compares an engine's hypergradients with a reference at its current parameters; changes nothing of it."""
+    # One batch for every pass: an iterator would give another one to each.
+    given = {name: next(batch) if isinstance(batch, Iterator) else batch for name, batch in (batches or {}).items()}
+    parameters = tuple(part for problem in engine.problems.values() for part in problem.parameters)
+    names: list[str] = []
+    found: list[Tensors] = []
+    infos: list[SolveInfo] = []
+    devices = generator_devices(parameters)
+    with foreign_generators_preserved():
+        for name in engine.dependencies.outer:
+            result = engine.hypergradient(name, given)
+            prefix = f"{name}." if len(engine.dependencies.outer) > 1 else ""
+            names += [prefix + key for key in result.grad]
+            found.append(tuple(result.grad.values()))
+            infos.append(result.info)
+
+        def nested(precision: Precision) -> list[Nested]:
+            return [_nested(engine, name, given, precision) for name in engine.dependencies.outer]
+
+        with preserved(devices):
+            precision, result_, notes = _in_float64(parameters[0].dtype, nested, found, reference)
+    info = next((info for info in infos if info.status.failed), infos[0])
+    return Comparison(
+        names,
+        tuple(part for own in found for part in own),
+        result_.references,
+        result_.local,
+        list(engine.estimators.values()),
+        info,
+        result_.diagnoses,
+        precision,
+        notes,
+        reduced=reduced_precision(parameters, result_.nodes),
+    )
+
+
+def _nested(engine: Engine, outer: str, batches: Mapping[str, Any], precision: Precision) -> Nested:
+    losses = engine_losses(engine, outer, batches)
+    _draw_in_order(engine, outer, losses)
+    levels = tuple(
+        Level(
+            name,
+            PreciseObjective(objective, precision),
+            precision.leaves(engine.problems[name].parameters),
+            engine.problems[name].parameter_names,
+            above,
+        )
+        for name, (objective, above) in losses.inner.items()
+    )
+    problem = engine.problems[outer]
+    return Nested(
+        outer,
+        PreciseObjective(losses.outer, precision),
+        precision.leaves(problem.parameters),
+        problem.parameter_names,
+        levels,
+    )
+
+
+def _draw_in_order(engine: Engine, outer: str, losses: EngineLosses) -> None:
+    """Takes every loss once, the outer one first, as the engine does: later passes replay what they drew."""
+    live = {name: engine.problems[name].parameters for name in (outer, *losses.inner)}
+    below = tuple(part for name in losses.inner for part in live[name])
+    with preserved(generator_devices(below + live[outer])):
+        losses.outer.within(below, live[outer], lambda evaluate: evaluate())
+        for name, (objective, above) in losses.inner.items():
+            others = tuple(part for other in above for part in live[other])
+            objective.within(live[name], others, lambda evaluate: evaluate())
+
+
+@dataclass(frozen=True)
+class EngineLosses:
+    outer: Objective
+    inner: dict[str, tuple[Objective, tuple[str, ...]]]
+
+
+def engine_losses(engine: Engine, outer: str, batches: Mapping[str, Any]) -> EngineLosses:
+    from bilevel.feed import Feed
+    from bilevel.functional import ModuleObjective
+    from bilevel.problems.differentiate import InnerRecord
+
+    differentiator, problems = engine._differentiator, engine.problems
+    feed = Feed(engine.streams, batches)
+    inner = [name for name in engine.dependencies.inner if differentiator._affects(name, outer, engine.dependencies)]
+    live = {name: problems[name].parameters for name in (outer, *inner)}
+    batch = feed.peek(outer)
+    upper = ModuleObjective(
+        lambda: problems[outer].evaluate_loss(batch)[0],
+        engine._slots,
+        tuple(part for name in inner for part in live[name]),
+        live[outer],
+        f"problem {outer!r}",
+        Replay(differentiator.devices),
+        PassCount(),
+    )
+    lower = {}
+    for name in inner:
+        others = [other for other in engine.dependencies.responds_to(name) if other in live]
+        record = engine._records.get(name) or InnerRecord([feed.peek(name)])
+        lower[name] = (differentiator.inner_problem(name, others, record).objective, tuple(others))
+    return EngineLosses(upper, lower)
 
 
 def _total(
@@ -112,16 +264,15 @@ def _distance_to_double(
 
 
 def _in_float64(
-    original: torch.dtype,
-    expected: Callable[[Precision], tuple[Tensors, list[ExactResponse]]],
-    points: Sequence[tuple[Objective, Tensors, Tensors]],
-) -> tuple[Precision, tuple[Tensors, list[ExactResponse]], tuple[str, ...]]:
+    original: torch.dtype, nested: Callable[[Precision], list[Nested]], found: Sequence[Tensors], reference: str
+) -> tuple[Precision, _Result, tuple[str, ...]]:
     """Computes the reference in float64, or in the original precision where the losses cannot be run in float64."""
     precision = Precision(original)
     try:
-        for objective, inner, outer in points:
-            _require_same_value(objective, inner, outer, precision)
-        result = expected(precision)
+        problems = nested(precision)
+        for plain, precise in zip(nested(Precision(original, double=False)), problems, strict=True):
+            _require_same_values(plain, precise, original)
+        result = _reference(problems, found, reference)
         names = ", ".join(precision.forced)
         note = f"the reference is no better than {dtype_name(original)}: {names} computed in it within the losses"
         return precision, result, (note,) if names else ()
@@ -129,93 +280,90 @@ def _in_float64(
         raise
     except Exception as error:  # whatever user code raises at tensors of another dtype
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if original != torch.float64:
+            cause = error
+        else:
+            raise
+    if reference != "exact":
+        raise ConfigError(
+            f"reference {reference!r} needs losses that can be run in float64: {reason}. Make them follow the dtype of "
+            "their parameters, or take reference='exact', which can do with less"
+        ) from cause
     note = f"the losses cannot be run in float64, so the reference is in {dtype_name(original)}: {reason}"
     precision = Precision(original, double=False)
-    return precision, expected(precision), (note,)
+    return precision, _reference(nested(precision), found, reference), (note,)
 
 
 class _OtherFunctionError(Exception):
     """In float64 the loss is another function."""
 
 
-def _require_same_value(objective: Objective, inner: Tensors, outer: Tensors, precision: Precision) -> None:
-    plain = float(objective.within(inner, outer, lambda evaluate: evaluate().detach()))
-    w, lam = precision.leaves(inner), precision.leaves(outer)
-    precise = float(PreciseObjective(objective, precision).within(w, lam, lambda evaluate: evaluate().detach()))
-    tolerance = max(1e-2, torch.finfo(precision.original).eps ** 0.5) * max(abs(plain), abs(precise)) + 1e-5
-    if not abs(plain - precise) <= tolerance:
-        raise _OtherFunctionError(f"there the loss of {objective.name} is {precise:.6g} instead of {plain:.6g}")
+def _require_same_values(plain: Nested, precise: Nested, original: torch.dtype) -> None:
+    parts: Sequence[tuple[Nested | Level, Nested | Level]]
+    parts = [*zip(plain.levels, precise.levels, strict=True), (plain, precise)]
+    for single, double in parts:
+        first, second = _value(plain, single), _value(precise, double)
+        tolerance = max(1e-2, torch.finfo(original).eps ** 0.5) * max(abs(first), abs(second)) + 1e-5
+        if not abs(first - second) <= tolerance:
+            name = single.objective.name
+            raise _OtherFunctionError(f"there the loss of {name} is {second:.6g} instead of {first:.6g}")
 
 
-def compare_engine(engine: Engine, batches: Mapping[str, Any] | None) -> Comparison:
-    """Compares an engine's hypergradients with the exact ones at its current parameters; changes nothing of it."""
-    # One batch for every pass: an iterator would give another one to each.
-    given = {name: next(batch) if isinstance(batch, Iterator) else batch for name, batch in (batches or {}).items()}
-    original = next(iter(engine.problems.values())).parameters[0].dtype
-    names: list[str] = []
-    found: list[Tensor] = []
-    infos: list[SolveInfo] = []
-    for name in engine.dependencies.outer:
-        result = engine.hypergradient(name, given)
-        prefix = f"{name}." if len(engine.dependencies.outer) > 1 else ""
-        names += [prefix + key for key in result.grad]
-        found += list(result.grad.values())
-        infos.append(result.info)
-
-    def expected(precision: Precision) -> tuple[Tensors, list[ExactResponse]]:
-        parts = [_engine_reference(engine, name, given, precision) for name in engine.dependencies.outer]
-        responses = [response for _, more in parts for response in more]
-        return tuple(tensor for total, _ in parts for tensor in total), responses
-
-    precision, (total, responses), notes = _in_float64(original, expected, [])
-    info = next((info for info in infos if info.status.failed), infos[0])
-    return Comparison(names, tuple(found), total, list(engine.estimators.values()), info, responses, precision, notes)
+def _value(nested: Nested, part: Nested | Level) -> float:
+    if isinstance(part, Nested):
+        return part.value(part.point)
+    above = nested.above(part, nested.point)
+    return float(part.objective.within(part.inner, above, lambda evaluate: evaluate().detach()))
 
 
-def _engine_reference(
-    engine: Engine, outer: str, batches: Mapping[str, Any], precision: Precision
-) -> tuple[Tensors, list[ExactResponse]]:
-    """Accumulates cotangents as the engine does, with an exact product for every inner problem."""
-    differentiator, problems = engine._differentiator, engine.problems
-    feed = Feed(engine.streams, batches)
-    with preserved(differentiator.devices), buffers_protected(engine._modules):
-        inner = [
-            name for name in engine.dependencies.inner if differentiator._affects(name, outer, engine.dependencies)
-        ]
-        live = {name: problems[name].parameters for name in (outer, *inner)}
-        batch = feed.peek(outer)
-        upper = ModuleObjective(
-            lambda: problems[outer].evaluate_loss(batch)[0],
-            engine._slots,
-            tuple(part for name in inner for part in live[name]),
-            live[outer],
-            f"problem {outer!r}",
-            Replay(differentiator.devices),
-            PassCount(),
+def _reference(problems: Sequence[Nested], found: Sequence[Tensors], name: str) -> _Result:
+    references, local, diagnoses = [], [], []
+    nodes: frozenset[str] = frozenset()
+    for nested, own in zip(problems, found, strict=True):
+        dense: Mapping[str, DenseField] = {}
+        sizes = [sum(part.numel() for part in level.inner) for level in nested.levels]
+        if name == "exact" or max(sizes) <= DENSE_DIMENSION:
+            dense = dense_fields(nested)
+        fields = {key: part.field for key, part in dense.items()} or {
+            level.name: GradientField(level.objective, level.inner, nested.above(level, nested.point))
+            for level in nested.levels
+        }
+        nodes = nodes.union(*(field.nodes for field in fields.values()))
+        diagnoses.append(diagnose(nested, fields, dense))
+        here = exact(nested, dense) if dense else None
+        reference = here
+        if name == "unrolled":
+            reference = unrolled(nested)
+        elif name == "central_difference":
+            reference = central_difference(nested, own)
+        assert reference is not None
+        references.append(_limited(reference, diagnoses[-1], name))
+        local.append(here)
+    moved = name != "exact" and all(part is not None for part in local)
+    together = tuple(part for here in local if here is not None for part in here.value)
+    return _Result(references, together if moved else None, diagnoses, nodes)
+
+
+def _limited(reference: ReferenceValue, diagnosis: Diagnosis, name: str) -> ReferenceValue:
+    """Withdraws the reference's error estimate where a probe shows that it rests on what does not hold."""
+    hidden = max(level.hidden.size for level in diagnosis.levels)
+    noise = max((found.level for found in diagnosis.noise), default=0.0)
+    if noise > _TOLERATED_NOISE:
+        reason = f"two evaluations of a loss at the same point differ by {noise:.1e}"
+    elif name != "central_difference" and diagnosis.outer_hidden > TOLERATED_DIFFERENCE:
+        reason = (
+            "it takes the outer loss's gradient by autograd, which does not see all of it: take 'central_difference'"
         )
-        point = {name: precision.leaves(parameters) for name, parameters in live.items()}
-        together = tuple(part for name in inner for part in point[name])
-        below, direct = exact.outer_gradients(PreciseObjective(upper, precision), together, point[outer])
-        cotangents = {outer: direct, **_split(below, inner, live)}
-        responses = []
-        for name in inner:
-            others = [other for other in engine.dependencies.responds_to(name) if other in cotangents]
-            record = engine._records.get(name) or InnerRecord([feed.peek(name)])
-            lower = differentiator.inner_problem(name, others, record).objective
-            above = tuple(part for other in others for part in point[other])
-            response = exact.best_response(PreciseObjective(lower, precision), point[name], above, cotangents[name])
-            responses.append(response)
-            for other, part in _split(response.value, others, live).items():
-                cotangents[other] = add(cotangents[other], part)
-    return cotangents[outer], responses
-
-
-def _split(flat: Tensors, names: Sequence[str], like: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    parts, start = {}, 0
-    for name in names:
-        parts[name] = flat[start : start + len(like[name])]
-        start += len(like[name])
-    return parts
+    elif name != "central_difference" and any(level.hidden.at_a_kink for level in diagnosis.levels):
+        reason = "the inner gradient jumps at the given point, where it has no derivative"
+    elif name == "unrolled" and hidden > TOLERATED_DIFFERENCE:
+        reason = (
+            "reverse mode sees what autograd sees, which is not all of how the inner gradient changes: take 'exact' or "
+            "'central_difference'"
+        )
+    else:
+        return reference
+    return replace(reference, error=math.inf, failure=reason)
 
 
 def relative_distance(found: Tensors, expected: Tensors) -> float:
@@ -225,8 +373,3 @@ def relative_distance(found: Tensors, expected: Tensors) -> float:
     if error == 0.0:
         return 0.0
     return error / size if size > 0.0 and not math.isnan(error) else math.inf
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns ``"float32"`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -335,6 +335,36 @@ def test_check_prints_the_report_and_its_verdict_is_the_exit_code(
     assert bilevel("check", name, "--set", "hypergradient=identity", "--rtol", "10").code == 0
 
 
+@pytest.mark.parametrize("reference", ["exact", "unrolled", "central_difference"])
+def test_check_takes_a_reference_and_prints_json(
+    bilevel: Callable[..., Run], recipe: Callable[..., str], reference: str
+) -> None:
+    solved = recipe(
+        """
+        def build(config):
+            outer, inner = problems()
+            inner.module.load_state_dict(outer.module.state_dict())  # its solution
+            return Engine([outer, inner], config.engine, config.hypergradient)
+        """
+    )
+    right = bilevel("check", solved, "--set", "hypergradient=cg", "--reference", reference, "--json")
+    report = json.loads(right.out)
+    assert (right.code, report["verdict"], report["reference"]) == (0, "passed", reference)
+    assert report["reference_error"] < 1e-6
+    wrong = bilevel("check", solved, "--set", "hypergradient=identity", "-r", reference, "--json")
+    assert (wrong.code, json.loads(wrong.out)["verdict"]) == (1, "FAILED")
+    assert json.loads(wrong.out)["causes"]
+    unsolved = bilevel("check", recipe(), "--set", "hypergradient=cg", "-r", reference)
+    assert unsolved.code == (0 if reference == "exact" else 1)  # the first judges the method alone
+    assert "the inner problem is not solved" in unsolved.out
+
+
+def test_check_lists_the_references(bilevel: Callable[..., Run], recipe: Callable[..., str]) -> None:
+    run = bilevel("check", recipe(), "-r", "exakt")
+    assert run.code == 2
+    assert "did you mean 'exact'? Choices: 'central_difference', 'exact', 'unrolled'" in run.err
+
+
 def test_check_can_train_first(bilevel: Callable[..., Run], recipe: Callable[..., str]) -> None:
     run = bilevel("check", recipe(), "--after", "4")
     assert run.code == 0
