@@ -67,10 +67,11 @@ def neumann(
         summand = axpy(-step_size, scaled, summand)
         norms.append(_length(summand, residual, preconditioner))
         total = add(total, summand)
-    status = _status(norms, sizes, curvatures, epsilon or machine_epsilon(v))
-    return Solution(
-        axpy(step_size, total, q) if products else scale(step_size, total), status, terms + products, message
-    )
+    q = axpy(step_size, total, q) if products else scale(step_size, total)
+    status = _status(norms, sizes, curvatures, probe.epsilon)
+    if status is not Status.DIVERGED and probe.asymmetric:
+        status, message = Status.NOT_SYMMETRIC, f"relative asymmetry {probe.asymmetry:.1e}"
+    return Solution(q, status, terms + products, message)
 
 
 def _length(summand: Tensors, residual: Tensors, preconditioner: Preconditioner | None) -> Tensor:

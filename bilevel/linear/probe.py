@@ -59,6 +59,11 @@ class Probe:
             self.record(direction, product, length, size, crossed)
 
     @property
+    def asymmetry(self) -> float:
+        """The largest ``|p'ᵀHp − pᵀHp'| / ‖H‖`` of successive directions, normalised."""
+        return self._asymmetry / self.largest if self.largest > 0.0 else 0.0
+
+    @property
     def asymmetric(self) -> bool:
         """Whether H shows not to be symmetric."""
         return self._asymmetry > ASYMMETRY_TOLERANCE * self.epsilon * self.largest
@@ -75,6 +80,5 @@ class Probe:
         if status is Status.SINGULAR or (status is not Status.NEGATIVE_CURVATURE and unseen > self.lost * size):
             return Solution(q, Status.SINGULAR, iterations, message)
         if self.asymmetric:
-            asymmetry = self._asymmetry / self.largest
-            return Solution(q, Status.NOT_SYMMETRIC, iterations, f"relative asymmetry {asymmetry:.1e}")
+            return Solution(q, Status.NOT_SYMMETRIC, iterations, f"relative asymmetry {self.asymmetry:.1e}")
         return Solution(q, status, iterations, message)
