@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from bilevel.errors import (
 from bilevel.feed import Feed
 from bilevel.functional import ParameterSlots, PassCount, buffers_protected
 from bilevel.hypergrad import Estimator, Pullback, State, Unrolled, as_estimator
+from bilevel.hypergrad.inner_updates import InnerUpdates
 from bilevel.optim import update_of
 from bilevel.problems import Dependencies, Problem, discover
 from bilevel.problems.differentiate import Differentiator, InnerRecord, LossGradient, RecordedUpdate
@@ -301,6 +301,8 @@ class Engine:
             if wanted > 1:
                 record.samples = [feed.next(name) for _ in range(wanted)]
         gradients = [(self.problems[n], self._total(self.problems[n], feed.next(n))) for n in dependencies.outer]
+        for record in self._records.values():
+            record.release_graphs()
         for problem, result in gradients:
             report.solves.update(result.solves)
             self._check_and_update(problem, result, report)
@@ -314,17 +316,17 @@ class Engine:
         trajectory: list[RecordedUpdate] = []
         for place in range(problem.steps):
             last = place == problem.steps - 1
-            above = self.dependencies.responds_to(problem.name) if last and estimator.needs_outer_gradient else ()
             batch = feed.next(problem.name)
             generators = capture(self._differentiator.devices)
-            if place >= first_recorded:
-                assert problem.optimizer is not None
-                update, memory = update_of(problem.optimizer, problem.parameters)
-                inner = tuple(p.detach().clone() for p in problem.parameters)
-                trajectory.append(RecordedUpdate(batch, generators, inner, memory, update))
-            result, outer_gradient = self._differentiator.plain(problem, batch, above)
-            if trajectory and last:
-                trajectory[-1] = replace(trajectory[-1], gradient=result.gradient, outer_gradient=outer_gradient)
+            if place < first_recorded:
+                result, _ = self._differentiator.plain(problem, batch)
+            else:
+                above = self.dependencies.responds_to(problem.name)
+                earlier = trajectory[-1] if trajectory else None
+                result, update = self._differentiator.recorded(
+                    problem, batch, generators, estimator, above, earlier, last=last
+                )
+                trajectory.append(update)
             self._check_and_update(problem, result, report)
         self._records[problem.name] = InnerRecord([batch], generators, trajectory)
 
@@ -389,7 +391,7 @@ class Engine:
             dependencies = discover(list(self.problems.values()), self._slots, batches)
         for name in dependencies.inner:
             estimator = self.problems[name].hypergradient or self.hypergradient_method
-            _check_method(self.problems[name], estimator)
+            _check_method(self.problems[name], estimator, self.config)
         self._dependencies = dependencies
 
     def _outer_name(self, name: str | None) -> str:
@@ -447,7 +449,7 @@ def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callback
             raise ConfigError(f"callbacks must derive from bilevel.callbacks.Callback; got {callback!r}")
 
 
-def _check_method(problem: Problem, estimator: Estimator) -> None:
+def _check_method(problem: Problem, estimator: Estimator, config: EngineConfig) -> None:
     if not estimator.needs_trajectory:
         return
     if problem.optimizer is None:
@@ -460,9 +462,23 @@ def _check_method(problem: Problem, estimator: Estimator) -> None:
             f"method {estimator.name!r} cannot differentiate through max_grad_norm of problem {problem.name!r}: drop "
             "one of them"
         )
-    if isinstance(estimator, Unrolled) and estimator.learning_rate is not None:
+    if estimator.keeps_graph and config.precision != "float32":
+        raise ConfigError(
+            f"method {estimator} keeps the graphs of training passes, which precision={config.precision!r} takes in "
+            "that precision, and products are to be taken in float32 or better: use memory='replay'"
+        )
+    if not isinstance(estimator, InnerUpdates):
+        return
+    kind = type(estimator).__name__
+    if estimator.optimizer != "sgd":
+        raise ConfigError(
+            f"{kind}.optimizer is for gradient steps as a function; in an engine the updates of problem "
+            f"{problem.name!r} are made by its own optimizer, {type(problem.optimizer).__name__}: leave "
+            f"optimizer={estimator.optimizer!r} out"
+        )
+    if estimator.learning_rate is not None:
         warnings.warn(
-            f"Unrolled.learning_rate is not used in an engine: the optimizer of problem {problem.name!r} made the "
+            f"{kind}.learning_rate is not used in an engine: the optimizer of problem {problem.name!r} made the "
             "updates",
             BilevelWarning,
             stacklevel=2,

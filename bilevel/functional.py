@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.double_backward import refuse_once_differentiable, second_derivative_errors
-from bilevel.errors import LossError, NonFiniteError
+from bilevel.errors import LossError, NonFiniteError, ParameterError
 from bilevel.randomness import Replay
 from bilevel.vector import Tensors
 
 __all__ = [
+    "BufferValues",
     "Evaluate",
     "FunctionObjective",
     "ModuleObjective",
     "Objective",
     "ParameterSlots",
     "PassCount",
+    "buffers_apart",
     "buffers_protected",
     "dense_gradient",
     "derivatives",
@@ -38,6 +40,7 @@ __all__ = [
     "loss_and_outputs",
     "require_finite",
     "scalar_loss",
+    "transform_errors",
 ]
 
 T = TypeVar("T")
@@ -131,6 +134,23 @@ class FunctionObjective(Objective):
         return body(Evaluate(lambda: self._evaluate(lambda: self._function(inner, outer))))
 
 
+@dataclass(frozen=True)
+class BufferValues:
+    """Copies of all buffers at one moment, by module.
+
+    Attributes:
+        stamps: Identity and version of each buffer.
+        values: The copies.
+    """
+
+    stamps: tuple[tuple[tuple[int, int], ...], ...]
+    values: tuple[Tensors, ...]
+
+
+def _held_buffers(module: nn.Module) -> Tensors:
+    return tuple(buffer for buffer in module._buffers.values() if buffer is not None)
+
+
 class ParameterSlots:
     """Where in a set of modules every parameter and buffer is held, each module visited once.
 
@@ -170,9 +190,40 @@ class ParameterSlots:
                 _parameters(module)[name] = parameter
 
     @contextmanager
-    def buffers_protected(self) -> Iterator[None]:
-        """Lets the body work on copies of all buffers (batch-norm statistics), and drops the copies."""
+    def buffers_apart(self) -> Iterator[None]:
+        """Lets the body work on copies of all buffers, and then gives the buffers the copies' values."""
+        with buffers_apart(self._with_buffers):
+            yield
+
+    def buffer_values(self, earlier: BufferValues | None = None) -> BufferValues:
+        """Returns copies of all buffers, for :meth:`buffers_protected`.
+
+        A module that has changed none of its buffers since ``earlier`` shares the copies. (Batch norm changes its
+        statistics without telling autograd, but counts its batches.)
+        """
+        stamps: list[tuple[tuple[int, int], ...]] = []
+        values: list[Tensors] = []
+        for place, module in enumerate(self._with_buffers):
+            held = _held_buffers(module)
+            stamps.append(tuple((id(buffer), buffer._version) for buffer in held))
+            shared = earlier is not None and earlier.stamps[place] == stamps[place]
+            values.append(
+                earlier.values[place] if earlier is not None and shared else tuple(b.detach().clone() for b in held)
+            )
+        return BufferValues(tuple(stamps), tuple(values))
+
+    @contextmanager
+    def buffers_protected(self, values: BufferValues | None = None) -> Iterator[None]:
+        """Lets the body work on copies of all buffers (batch-norm statistics), and drops the copies.
+
+        Args:
+            values: What the copies hold; the buffers' present values by default.
+        """
         with buffers_protected(self._with_buffers):
+            if values is not None:
+                for module, kept in zip(self._with_buffers, values.values, strict=True):
+                    for buffer, value in zip(_held_buffers(module), kept, strict=True):
+                        buffer.detach().copy_(value)
             yield
 
 
@@ -195,6 +246,31 @@ def buffers_protected(modules: Iterable[nn.Module]) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+@contextmanager
+def buffers_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Lets the body work on copies of the modules' own buffers, and then gives the buffers the copies' values.
+
+    A graph that the body makes holds the copies, so that later passes, which change the buffers in place, leave it
+    valid.
+    """
+    kept = [(module, dict(module._buffers)) for module in modules if module._buffers]
+    copies = {id(b): b.clone() for _, buffers in kept for b in buffers.values() if b is not None}
+    try:
+        for module, buffers in kept:
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else copies[id(buffer)]
+        yield
+    finally:
+        for module, buffers in kept:
+            for name, buffer in buffers.items():
+                current = module._buffers[name]
+                if buffer is None or current is None or current is not copies[id(buffer)]:
+                    continue  # the body put another tensor there: it stays
+                with torch.no_grad():
+                    buffer.copy_(current)
+                module._buffers[name] = buffer
+
+
 class ModuleObjective(Objective):
     """An objective whose parameters live in modules.
 
@@ -207,6 +283,7 @@ class ModuleObjective(Objective):
         replay: See :class:`Objective`.
         passes: See :class:`Objective`.
         reduce: See :class:`Objective`.
+        buffers: Values of all buffers that every pass starts from; the present ones by default.
     """
 
     def __init__(
@@ -219,8 +296,10 @@ class ModuleObjective(Objective):
         replay: Replay,
         passes: PassCount,
         reduce: Reduce | None = None,
+        buffers: BufferValues | None = None,
     ) -> None:
         super().__init__(name, replay, passes, reduce)
+        self._buffers = buffers
         self._loss = loss
         self._slots = slots
         self._live_inner = live_inner
@@ -229,7 +308,7 @@ class ModuleObjective(Objective):
     def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
         """See :meth:`Objective.within`. Only tensors that differ from the live parameters are swapped."""
         with (
-            self._slots.buffers_protected(),
+            self._slots.buffers_protected(self._buffers),
             self._slots.swapped(self._live_inner + self._live_outer, inner + outer),
         ):
             return body(Evaluate(lambda: self._evaluate(self._loss)))
@@ -320,5 +399,25 @@ def dense_gradient(grads: Sequence[Tensor | None], inputs: Tensors) -> Tensors:
 
 
 def leaves(tensors: Sequence[Tensor]) -> Tensors:
-    """Returns the tensors as new leaves that require gradients, sharing their storage."""
-    return tuple(part.detach().requires_grad_() for part in tensors)
+    """Returns the tensors as new leaves that require gradients, sharing their storage.
+
+    Raises:
+        ParameterError: They are those of a ``torch.func`` transform, which allows no leaves.
+    """
+    with transform_errors():
+        return tuple(part.detach().requires_grad_() for part in tensors)
+
+
+@contextmanager
+def transform_errors() -> Iterator[None]:
+    """Says what to do instead of a ``torch.func`` transform of what takes derivatives by ``torch.autograd``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "functorch transform" not in str(error):
+            raise
+        raise ParameterError(
+            "hypergradients cannot be taken inside torch.func transforms (vmap, grad, jacrev, …). For a batch of "
+            "problems give the sum of their losses, torch.func.vmap(loss)(inner, outer).sum(), with stacked parameters:"
+            " every method then returns the hypergradient of each. For second derivatives use torch.autograd on argmin."
+        ) from error

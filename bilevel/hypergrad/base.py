@@ -16,10 +16,23 @@ from bilevel.optim import Update
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors
 
-__all__ = ["Estimator", "InnerProblem", "InnerStep", "Pullback", "Response", "State"]
+__all__ = ["Estimator", "InnerProblem", "InnerStep", "Pullback", "Response", "State", "StepGraph"]
 
 State = Mapping[str, Tensors]
 """What an estimator keeps across outer steps: named tuples of tensors, passed in and out, never hidden."""
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """An inner step's gradient with the graph that it was made by.
+
+    Attributes:
+        inner: The leaves at which it was taken: the inner parameters before the step.
+        gradient: ``∂f/∂w`` there, not reduced over ranks; zeros without a graph where a parameter does not reach f.
+    """
+
+    inner: Tensors
+    gradient: Tensors
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class InnerStep:
         update: The optimiser's update as a differentiable function.
         gradient: The inner gradient that the update consumed; kept of the last step only.
         outer_gradient: ``∂f/∂λ`` at the same point, on the same batch, where the estimator asked for it.
+        graph: The gradient's graph, where the estimator keeps it and it is still valid.
     """
 
     objective: Objective
@@ -41,6 +55,7 @@ class InnerStep:
     update: Update
     gradient: Tensors | None = None
     outer_gradient: Tensors | None = None
+    graph: StepGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,11 @@ class Estimator(ABC):
     @property
     def needs_outer_gradient(self) -> bool:
         """Whether the last inner update's backward pass must also return ``∂f/∂λ``."""
+        return False
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether recorded inner updates must be taken with the graphs of their gradients, and keep them."""
         return False
 
     @property

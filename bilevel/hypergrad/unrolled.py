@@ -1,165 +1,180 @@
-"""Reverse-mode differentiation through the inner updates."""
+"""Differentiation of the inner updates, in reverse and forward mode."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bilevel.double_backward import second_derivative_errors
-from bilevel.errors import ConfigError, NonFiniteError
-from bilevel.functional import Evaluate, dense_gradient, gradient, independent, leaves, require_finite
-from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State
-from bilevel.optim import GradientDescent
+from bilevel.errors import ConfigError
+from bilevel.functional import Evaluate, dense_gradient, gradient, leaves
+from bilevel.hypergrad.base import InnerProblem, InnerStep, Pullback, Response, State
+from bilevel.hypergrad.inner_updates import InnerUpdates, Trajectory
+from bilevel.hypergrad.unrolled_forward import forward_response
 from bilevel.result import SolveInfo, Status
-from bilevel.validation import check_integer, check_number
+from bilevel.validation import check_choice
 from bilevel.vector import Tensors, add, is_finite, promote, zeros_like
 
 __all__ = ["Unrolled"]
 
 
 @dataclass(frozen=True)
-class Unrolled(Estimator):
+class Unrolled(InnerUpdates):
     """Differentiates the inner updates: ``dw_K/dλ`` for ``w_{t+1} = U_t(w_t, ∇f(w_t, λ))``, with w₀ constant.
 
-    Only parameters and optimiser state are kept of each step; the backward sweep evaluates the step again, so that
-    memory does not depend on the size of activations. Sources: Franceschi et al., ICML 2017 (arXiv 1703.01785);
+    Reverse mode carries cotangents of parameters and optimiser memory from the last update to the first. Forward mode
+    carries ``dw_t/dλ`` from the first to the last. Sources: Franceschi et al., ICML 2017 (arXiv 1703.01785), for both;
     truncation: Shaban et al., AISTATS 2019 (arXiv 1810.10667).
+
+    For gradient steps on a loss with ``μI ≼ ∂²f/∂w² ≼ LI`` and ``η ≤ 2 / (μ + L)``, started or truncated at the
+    solution, the error is at most ``(1 − ημ)ᴷ ‖∂²f/∂w∂λ‖ ‖v‖ / μ``.
 
     Attributes:
         steps: As a function (:func:`bilevel.hypergradient`), the gradient steps to take from ``inner_params``; the
             outer loss is taken at their end. In an engine, how many of the last inner updates to differentiate (None:
             all since the last outer update); the inner problem's own optimiser made them.
         learning_rate: η of those gradient steps; in an engine the optimiser's own is used.
+        memory: ``"replay"`` keeps the parameters and the optimiser's memory before each step, and evaluates the step
+            again on the way back: memory does not depend on the size of activations. ``"graph"`` keeps the graph of
+            each step's gradient: nothing is evaluated again. Both give the same numbers. In an engine the graphs are
+            freed with the outer update; ``Engine.hypergradient()`` after it replays.
+        mode: ``"reverse"`` or ``"forward"``. Forward mode is for few outer variables (elements, not tensors): its cost
+            grows with their number, and as a function it keeps nothing of past steps. The same numbers to rounding.
+        optimizer: Who makes the steps, as a function: ``"sgd"``, ``"momentum"``, ``"nesterov"`` (μ = 0.9),
+            ``"rmsprop"``, ``"adam"`` or ``"adamw"`` with torch's defaults. An engine's inner problem has its own.
 
-    Cost: for each step 1 forward and 1 backward pass with graph and 1 product, beyond making the step.
+    Raises:
+        ConfigError: ``memory="graph"`` with ``mode="forward"``, which keeps no graph; forward mode where outer times
+            inner variables exceed :data:`~bilevel.hypergrad.unrolled_forward.FORWARD_LIMIT`.
+
+    Cost, for each step: making it takes 1 forward and 1 backward pass. Beyond that ``"replay"`` takes 1 forward pass, 1
+    backward pass with graph and 1 product; ``"graph"`` 1 product. Forward mode takes, in place of the 2 passes that
+    make the step (in an engine: beyond them), 1 forward pass, 2 backward passes with graph and 1 product for each outer
+    variable; it holds a tangent of parameters and optimiser memory for each outer variable.
     """
 
     steps: int | None = None
     learning_rate: float | None = None
+    memory: str = field(default="replay", kw_only=True)
+    mode: str = field(default="reverse", kw_only=True)
+    optimizer: str = field(default="sgd", kw_only=True)
 
     name: ClassVar[str] = "unrolled"
-    summary: ClassVar[str] = "reverse mode through the inner updates, evaluated again on the way back"
-    cost: ClassVar[str] = "per step: 1 forward, 1 backward with graph, 1 product"
-    needs: ClassVar[str] = (
-        "double backward; an inner optimiser among SGD, Adam, AdamW; one copy of the parameters per step"
+    summary: ClassVar[str] = "reverse or forward mode through the inner updates"
+    cost: ClassVar[str] = (
+        "per step: 1 forward, 1 backward with graph, 1 product (replay); 1 product (graph); "
+        "1 forward, 2 backward with graph, 1 product per outer variable (forward mode)"
     )
-    needs_trajectory: ClassVar[bool] = True
+    needs: ClassVar[str] = (
+        "double backward; a torch inner optimiser with a differentiable update (SGD, Adam and kin); one copy of "
+        "parameters and optimiser memory per step (replay), or its graph (graph)"
+    )
 
     def __post_init__(self) -> None:
         """Validates the fields."""
-        if self.steps is not None:
-            check_integer("Unrolled", "steps", self.steps, minimum=1)
-        if self.learning_rate is not None:
-            check_number("Unrolled", "learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
+        self.check_updates()
+        check_choice("Unrolled", "memory", self.memory, ("replay", "graph"))
+        check_choice("Unrolled", "mode", self.mode, ("reverse", "forward"))
+        if self.keeps_graph and self.mode == "forward":
+            raise ConfigError("Unrolled(mode='forward') goes with the steps and keeps no graphs: leave memory out")
 
     @property
-    def recorded_steps(self) -> int | None:
-        """See :meth:`Estimator.recorded_steps`."""
-        return self.steps
+    def keeps_graph(self) -> bool:
+        """See :meth:`Estimator.keeps_graph`."""
+        return self.memory == "graph"
 
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`. Takes the gradient steps, where no trajectory was recorded."""
-        if problem.trajectory:
-            steps = problem.trajectory[-self.steps :] if self.steps else problem.trajectory
-            short = (
-                f"{len(steps)} of {self.steps} steps: the inner problem made no more"
-                if (self.steps or 0) > len(steps)
-                else ""
-            )
-            return _UnrolledResponse(problem, steps, problem.inner, short)
-        if self.steps is None or self.learning_rate is None:
-            raise ConfigError(
-                "method 'unrolled' needs steps and learning_rate where no engine has recorded inner updates: "
-                "Unrolled(steps=10, learning_rate=0.1). In an engine, take a step first."
-            )
-        steps, point = _descend(problem, self.steps, GradientDescent(self.learning_rate))
-        return _UnrolledResponse(problem, steps, point, "")
+        if self.mode == "forward":
+            return forward_response(self, problem)
+        found = self.recorded(problem) if problem.trajectory else self.made(problem, keep_graph=self.keeps_graph)
+        return _ReverseResponse(problem, found)
 
 
 @dataclass(frozen=True)
-class _UnrolledResponse(Response):
+class _ReverseResponse(Response):
     problem: InnerProblem
-    steps: Sequence[InnerStep]
-    point: Tensors
-    message: str
+    trajectory: Trajectory
+
+    @property
+    def point(self) -> Tensors:  # type: ignore[override]
+        return self.trajectory.point
 
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
+        steps = self.trajectory.steps
         inner = promote(cotangent)
-        memory = zeros_like(self.steps[-1].memory)
+        memory = zeros_like(steps[-1].memory)
         total = zeros_like(self.problem.outer)
-        for place, step in reversed(list(enumerate(self.steps))):
+        for place, step in reversed(list(enumerate(steps))):
             # nothing comes before the oldest step: its parameters need no cotangent
             inner, memory, outer = _pull_step(step, inner, memory, self.problem.outer, oldest=place == 0)
             total = add(total, outer)
         status = Status.NOT_APPLICABLE if is_finite(total) else Status.DIVERGED
-        length = len(self.steps)
-        info = SolveInfo(status, iterations=length, products=length, method=Unrolled.name, message=self.message)
-        return Pullback(total, info, state)
-
-
-def _descend(problem: InnerProblem, steps: int, update: GradientDescent) -> tuple[list[InnerStep], Tensors]:
-    """Takes gradient steps from the problem's inner parameters."""
-    objective, outer = problem.objective, problem.outer
-    record: list[InnerStep] = []
-    inner = tuple(part.detach() for part in problem.inner)
-    for _ in range(steps):
-        point = leaves(inner)
-
-        def body(evaluate: Evaluate, at: Tensors = point, first: bool = not record) -> tuple[Tensor | None, ...]:
-            value = evaluate()
-            if first:
-                require_finite(value, objective.name)
-            return gradient(value, at, objective)
-
-        grads = objective.within(point, outer, body)
-        record.append(InnerStep(objective, inner, (), update))
-        if all(grad is None for grad in grads):
-            raise independent(objective.name)
-        with torch.no_grad():
-            inner, _ = update(inner, dense_gradient(grads, inner), ())
-    if not is_finite(inner):
-        raise NonFiniteError(
-            f"{steps} gradient steps on the loss of {objective.name} end in NaN or infinity: lower learning_rate of "
-            f"method 'unrolled' ({update.learning_rate:g}), below 2 / (largest eigenvalue of the inner Hessian)"
+        length, message = len(steps), self.trajectory.message
+        return Pullback(
+            total, SolveInfo(status, iterations=length, products=length, method=Unrolled.name, message=message), state
         )
-    return record, leaves(inner)
 
 
 def _pull_step(
     step: InnerStep, inner_bar: Tensors, memory_bar: Tensors, outer: Tensors, *, oldest: bool
 ) -> tuple[Tensors, Tensors, Tensors]:
-    """Pulls cotangents of the state after a step back to the state before it and to the outer parameters."""
+    """Pulls cotangents of the state after a step back to the state before it and to the outer parameters.
+
+    With ``(w', m') = U(w, g, m)`` and ``g = ∂f/∂w (w, λ)``: first through U to ``(w̄, ḡ, m̄)``, then through g,
+    which adds ``(∂g/∂w)ᵀ ḡ`` to w̄ and gives ``λ̄ = (∂g/∂λ)ᵀ ḡ``.
+    """
+    kept, objective = step.graph, step.objective
+    point = leaves(step.inner) if kept is None else kept.inner
+
+    def body(evaluate: Evaluate) -> tuple[Tensors, Tensors, Tensors]:
+        if kept is None:
+            grads = dense_gradient(gradient(evaluate(), point, objective, create_graph=True), point)
+        else:
+            grads = kept.gradient
+        direct, field, memory = _pull_update(step, grads, inner_bar, memory_bar)
+        inputs = (() if oldest else point) + outer
+        pulled = _pull_gradient(step, grads, field, inputs, retain=kept is not None)
+        if oldest:
+            return (), (), pulled
+        inner, more = promote(pulled[: len(point)]), pulled[len(point) :]
+        return add(promote(direct), inner), memory, more
+
+    return objective.within(point, outer, body)
+
+
+def _pull_update(
+    step: InnerStep, grads: Tensors, inner_bar: Tensors, memory_bar: Tensors
+) -> tuple[Tensors, Tensors, Tensors]:
+    """Returns the cotangents of parameters, gradient and memory that the optimiser's update took."""
     inner, memory = leaves(step.inner), leaves(step.memory)
-    before = () if oldest else inner + memory
+    # Gradients with graphs are this rank's own; the update was taken at their mean.
+    values = leaves(step.objective.reduce(tuple(grad.detach() for grad in grads)))
+    with torch.enable_grad():
+        new_inner, new_memory = step.update(inner, values, memory)
+    inputs = inner + values + memory
+    pulled = _cotangents(new_inner + new_memory, inner_bar + memory_bar, inputs)
+    first, second = len(inner), len(inner) + len(values)
+    return pulled[:first], pulled[first:second], pulled[second:]
 
-    def body(evaluate: Evaluate) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            grads = gradient(evaluate(), inner, step.objective, create_graph=True)
-            new_inner, new_memory = step.update(inner, _mean_valued(dense_gradient(grads, inner), step), memory)
-        pairs = [
-            (output, bar.to(output.dtype))
-            for output, bar in zip(new_inner + new_memory, inner_bar + memory_bar, strict=True)
-            if output.requires_grad
-        ]
-        outputs, bars = zip(*pairs, strict=True)
+
+def _pull_gradient(step: InnerStep, grads: Tensors, bars: Tensors, inputs: Tensors, *, retain: bool) -> Tensors:
+    if any(grad.requires_grad for grad in grads):
         step.objective.passes.backward += 1
-        with second_derivative_errors(step.objective.name):
-            return torch.autograd.grad(outputs, before + outer, bars, allow_unused=True)
-
-    pulled = dense_gradient(step.objective.within(inner, outer, body), before + outer)
-    pulled = step.objective.reduce(pulled)
-    first, second = (0, 0) if oldest else (len(inner), len(inner) + len(memory))
-    return promote(pulled[:first]), pulled[first:second], pulled[second:]
+    with second_derivative_errors(step.objective.name):
+        pulled = _cotangents(grads, bars, inputs, retain=retain)
+    return step.objective.reduce(pulled)
 
 
-def _mean_valued(grads: Tensors, step: InnerStep) -> Tensors:
-    """Gives local gradients the value of their mean over ranks, at which the optimiser's update was taken."""
-    local = tuple(grad.detach() for grad in grads)
-    mean = step.objective.reduce(local)
-    if mean is local:
-        return grads
-    return tuple(grad + (target - value) for grad, target, value in zip(grads, mean, local, strict=True))
+def _cotangents(outputs: Sequence[Tensor], bars: Tensors, inputs: Tensors, *, retain: bool = False) -> Tensors:
+    """Returns ``Jᵀ bar``, with zeros for inputs that reach no output."""
+    pairs = [(one, bar.to(one.dtype)) for one, bar in zip(outputs, bars, strict=True) if one.requires_grad]
+    if not pairs or not inputs:
+        return zeros_like(inputs)
+    heads, cotangents = zip(*pairs, strict=True)
+    found = torch.autograd.grad(heads, inputs, cotangents, retain_graph=retain, allow_unused=True)
+    return dense_gradient(found, inputs)

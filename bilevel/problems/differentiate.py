@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.functional import (
+    BufferValues,
     ModuleObjective,
     ParameterSlots,
     PassCount,
@@ -20,9 +21,10 @@ from bilevel.functional import (
     require_finite,
 )
 from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, State
-from bilevel.optim import Update, curvature_of
+from bilevel.optim import Update, curvature_of, update_of
 from bilevel.problems.base import Problem
 from bilevel.problems.graph import Dependencies
+from bilevel.problems.step_graph import KeptGraph, take_with_graph
 from bilevel.randomness import Replay, States, generator_devices
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors, add
@@ -32,15 +34,20 @@ __all__ = ["Differentiator", "InnerRecord", "LossGradient", "RecordedUpdate"]
 
 @dataclass(frozen=True)
 class RecordedUpdate:
-    """One inner update: see :class:`~bilevel.hypergrad.InnerStep`, with the loss as its batch and generator states."""
+    """One inner update: see :class:`~bilevel.hypergrad.InnerStep`.
+
+    The loss is held as its batch, and the generators' states and the values of all buffers before it.
+    """
 
     batch: Any
     generators: States
     inner: Tensors
     memory: Tensors
     update: Update
+    buffers: BufferValues
     gradient: Tensors | None = None
     outer_gradient: Mapping[str, Tensors] = field(default_factory=dict)
+    graph: KeptGraph | None = None
 
 
 @dataclass
@@ -58,6 +65,10 @@ class InnerRecord:
     generators: States | None = None
     trajectory: list[RecordedUpdate] = field(default_factory=list)
     samples: Sequence[Any] = ()
+
+    def release_graphs(self) -> None:
+        """Frees the graphs that were kept; from here on updates are evaluated again."""
+        self.trajectory = [step if step.graph is None else replace(step, graph=None) for step in self.trajectory]
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,46 @@ class Differentiator:
         value, metrics, grads = self._gradients(problem, batch, inputs)
         own, *more = self._split(grads, names)
         return LossGradient(value, metrics, own, own), dict(zip(others, more, strict=True))
+
+    def recorded(
+        self,
+        problem: Problem,
+        batch: Any,
+        generators: States,
+        estimator: Estimator,
+        responds_to: Sequence[str],
+        earlier: RecordedUpdate | None,
+        *,
+        last: bool,
+    ) -> tuple[LossGradient, RecordedUpdate]:
+        """Returns the loss and gradient of an inner problem, and what it takes to make its next update again.
+
+        Args:
+            problem: The inner problem.
+            batch: Its batch.
+            generators: The generators' states now.
+            estimator: The method, which says what must be kept.
+            responds_to: The problems whose parameters reach the loss.
+            earlier: The update before, if that was recorded.
+            last: Whether this is the last update before the problem above is updated.
+
+        Cost: as :meth:`plain`.
+        """
+        assert problem.optimizer is not None
+        update, memory = update_of(problem.optimizer, problem.parameters)
+        inner = tuple(p.detach().clone() for p in problem.parameters)
+        buffers = self._slots.buffer_values(None if earlier is None else earlier.buffers)
+        step = RecordedUpdate(batch, generators, inner, memory, update, buffers)
+        above: dict[str, Tensors] = {}
+        if estimator.keeps_graph:
+            outer = tuple(p for name in responds_to for p in self._problems[name].parameters)
+            value, metrics, grads, graph = take_with_graph(problem, batch, inner, outer, self._slots, self._passes)
+            grads = self._reduce(grads)
+            result = LossGradient(value, metrics, grads, grads)
+            step = replace(step, graph=graph)
+        else:
+            result, above = self.plain(problem, batch, responds_to if last and estimator.needs_outer_gradient else ())
+        return result, replace(step, gradient=result.gradient, outer_gradient=above) if last else step
 
     def total(
         self,
@@ -188,7 +239,9 @@ class Differentiator:
         outer = tuple(p for other in others for p in self._problems[other].parameters)
         label = f"problem {name!r}"
 
-        def objective(batches: Sequence[Any], generators: States | None) -> ModuleObjective:
+        def objective(
+            batches: Sequence[Any], generators: States | None, buffers: BufferValues | None = None
+        ) -> ModuleObjective:
             def loss() -> Mapping[str, Any]:
                 pairs = [loss_and_outputs(problem.loss(batch), label) for batch in batches]
                 value = pairs[0][0] if len(pairs) == 1 else torch.stack([value for value, _ in pairs]).mean()
@@ -196,14 +249,15 @@ class Differentiator:
 
             replay = Replay(self.devices, generators)
             return ModuleObjective(
-                loss, self._slots, problem.parameters, outer, label, replay, self._passes, self._reduce
+                loss, self._slots, problem.parameters, outer, label, replay, self._passes, self._reduce, buffers
             )
 
         def recorded(step: RecordedUpdate) -> InnerStep:
             above = [step.outer_gradient.get(other) for other in others]
             whole = None if not above or None in above else tuple(p for part in above for p in part or ())
-            lower = objective([step.batch], step.generators)
-            return InnerStep(lower, step.inner, step.memory, step.update, step.gradient, whole)
+            lower = objective([step.batch], step.generators, step.buffers)
+            graph = None if step.graph is None else step.graph.still_valid(outer)
+            return InnerStep(lower, step.inner, step.memory, step.update, step.gradient, whole, graph)
 
         return InnerProblem(
             objective(record.batches, record.generators),

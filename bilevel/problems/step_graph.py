@@ -1,0 +1,81 @@
+"""Inner updates whose gradients are taken with their graphs, for methods that keep these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.double_backward import refuse_once_differentiable, second_derivative_errors
+from bilevel.functional import ParameterSlots, PassCount, dense_gradient, derivatives, independent, leaves
+from bilevel.hypergrad.base import StepGraph
+from bilevel.problems.base import Problem
+from bilevel.vector import Tensors
+
+__all__ = ["KeptGraph", "take_with_graph"]
+
+
+@dataclass(frozen=True)
+class KeptGraph:
+    """A step's graph, and how to tell that it is still valid.
+
+    Attributes:
+        graph: The graph. Its leaves are copies of the inner parameters, which the update changes in place, and the
+            live parameters of the problems above.
+        versions: How often each of those live parameters had been changed in place, by identity.
+    """
+
+    graph: StepGraph
+    versions: Mapping[int, int]
+
+    def still_valid(self, outer: Tensors) -> StepGraph | None:
+        """Returns the graph; None where a parameter of a problem above has changed since."""
+        return self.graph if all(self.versions.get(id(p)) == p._version for p in outer) else None
+
+
+def take_with_graph(
+    problem: Problem,
+    batch: Any,
+    inner: Tensors,
+    outer: Tensors,
+    slots: ParameterSlots,
+    passes: PassCount,
+) -> tuple[Tensor, dict[str, Any], Tensors, KeptGraph]:
+    """Takes an inner problem's training pass at copies of its parameters.
+
+    Args:
+        problem: The problem.
+        batch: Its batch.
+        inner: Copies of its parameters' values.
+        outer: The parameters of the problems above that reach its loss.
+        slots: Where the modules hold parameters.
+        passes: Where passes are counted.
+
+    Returns:
+        The loss, the metrics, the gradient (detached, not reduced over ranks) and the graph.
+
+    Raises:
+        LossError: The loss does not depend on the copies, or cannot be differentiated twice.
+
+    Cost: 1 forward pass and 1 backward pass with graph.
+    """
+    name, copies = f"problem {problem.name!r}", leaves(inner)
+    # Backward inside the swap: activation checkpointing evaluates again with what the modules hold at that moment.
+    with slots.buffers_apart(), slots.swapped(problem.parameters, copies), torch.enable_grad():
+        value, metrics = problem.evaluate_loss(batch)
+        passes.forward += 1
+        grads: Sequence[Tensor | None] = ()
+        if value.requires_grad:
+            refuse_once_differentiable(value, copies, name)
+            with second_derivative_errors(name):
+                grads = derivatives(value, copies, create_graph=True)
+            passes.backward += 1
+    if all(grad is None for grad in grads):
+        raise independent(name)
+    gradient = dense_gradient(grads, copies)
+    versions = {id(p): p._version for p in outer}
+    local = tuple(grad.detach() for grad in gradient)
+    return value.detach(), metrics, local, KeptGraph(StepGraph(copies, gradient), versions)

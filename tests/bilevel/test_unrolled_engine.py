@@ -1,0 +1,339 @@
+"""Unrolling the updates of an engine's inner problem: what must hold beyond the numbers of one step."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bilevel import Engine, EngineConfig, Estimator, Problem, Unrolled
+from bilevel.errors import BilevelWarning, ConfigError
+
+QUIET = EngineConfig(progress=False)
+
+Make = Callable[[Any], torch.optim.Optimizer]
+sgd: Make = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": sgd,
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.5, centered=True),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+}
+
+
+def batches(number: int = 5) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(6, 4, generator=generator).double(), torch.randint(3, (6,), generator=generator))
+        for _ in range(number)
+    ]
+
+
+class Average(nn.Module):
+    """Multiplies by a running average that it changes in place, and that its graph holds."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale.mul_(0.9).add_(0.1 * x.detach().abs().mean())
+        return x * self.scale
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def hidden(kind: str) -> list[nn.Module]:
+    layers: dict[str, list[nn.Module]] = {
+        "plain": [nn.Tanh()],
+        "dropout": [nn.Tanh(), nn.Dropout(0.5)],
+        "batch norm": [nn.BatchNorm1d(8), nn.Tanh()],
+        "buffer in the graph": [nn.Tanh(), Average()],
+        "checkpoint": [Checkpointed(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.3)))],
+    }
+    return layers[kind]
+
+
+class Weights(Problem):
+    def loss(self, batch: Any) -> Any:
+        x, y = batch
+        return F.cross_entropy(self.classifier(x), y)
+
+
+class Classifier(Problem):
+    def loss(self, batch: Any) -> Any:
+        x, y = batch
+        weights = self.weights.module.weight.sigmoid().squeeze(0)
+        decay = sum(p.square().sum() for p in self.module.parameters())
+        return (weights * F.cross_entropy(self(x), y, reduction="none")).mean() + 1e-3 * weights[0] * decay
+
+
+def make(
+    method: Estimator, kind: str = "plain", optimizer: Make = sgd, steps: int = 4, config: EngineConfig = QUIET
+) -> Engine:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), *hidden(kind), nn.Linear(8, 3)).double()
+    weights = nn.Linear(6, 1, bias=False).double()
+    return Engine(
+        [
+            Weights(weights, optimizer=sgd, data=batches(3)),
+            Classifier(network, optimizer=optimizer, data=batches(), steps=steps),
+        ],
+        config,
+        hypergradient=method,
+    )
+
+
+def state_of(engine: Engine) -> list[Tensor]:
+    found = [p.detach().clone() for problem in engine.problems.values() for p in problem.parameters]
+    return found + [b.clone() for problem in engine.problems.values() for b in problem.module.buffers()]
+
+
+def run(engine: Engine, steps: int = 3) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    torch.manual_seed(7)
+    passes = [engine.step().passes for _ in range(steps)]
+    return [*state_of(engine), torch.get_rng_state()], passes
+
+
+KINDS = ["plain", "dropout", "batch norm", "buffer in the graph", "checkpoint"]
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_equals_replay_bit_for_bit(kind: str, steps: int | None) -> None:
+    replayed, kept = (make(Unrolled(steps, memory=memory), kind) for memory in ("replay", "graph"))
+    before = state_of(replayed)[0]
+    one, _ = run(replayed)
+    other, _ = run(kept)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(one[0], before)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_graph_equals_replay_for_every_kind_of_optimiser(optimizer: str) -> None:
+    results = [
+        run(make(Unrolled(memory=memory), "dropout", OPTIMIZERS[optimizer]))[0] for memory in ("replay", "graph")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode_equals_reverse_mode(kind: str, optimizer: str) -> None:
+    for steps in (None, 2):
+        results = [
+            run(make(Unrolled(steps, mode=mode), kind, OPTIMIZERS[optimizer]))[0] for mode in ("reverse", "forward")
+        ]
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "buffer in the graph"])  # buffers are constants
+def test_equals_central_differences_of_the_whole_step(kind: str) -> None:
+    engine = make(Unrolled(memory="graph"), kind, steps=3)
+    torch.manual_seed(7)
+    engine.step()
+    weight = engine.problems["weights"].parameters[0]
+    start = copy.deepcopy(engine.problems["classifier"].module)
+    stream, outer_batch = batches()[:3], batches(3)[1]
+
+    def outer_loss(move: Tensor) -> Tensor:
+        network = copy.deepcopy(start)
+        optimizer = sgd(list(network.parameters()))
+        given = (weight.detach() + move).sigmoid().squeeze(0)
+        torch.manual_seed(11)
+        for x, y in stream:
+            decay = sum(p.square().sum() for p in network.parameters())
+            value = (given * F.cross_entropy(network(x), y, reduction="none")).mean() + 1e-3 * given[0] * decay
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        return F.cross_entropy(network(outer_batch[0]), outer_batch[1]).detach()
+
+    expected = torch.zeros_like(weight)
+    for place in range(weight.numel()):
+        move = torch.zeros_like(weight)
+        move.view(-1)[place] = 1e-5
+        expected.view(-1)[place] = (outer_loss(move) - outer_loss(-move)) / 2e-5
+    torch.manual_seed(11)
+    before = weight.detach().clone()
+    engine.step({"classifier": iter(stream), "weights": outer_batch})
+    found = (before - weight.detach()) / 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # 4 inner updates and the outer loss take 5 forward and 5 backward passes
+        (Unrolled(), (5 + 4, 5 + 2 * 4)),
+        (Unrolled(memory="graph"), (5, 5 + 4)),
+        (Unrolled(2), (5 + 2, 5 + 2 * 2)),
+        (Unrolled(2, memory="graph"), (5, 5 + 2)),
+        (Unrolled(mode="forward"), (5 + 4, 5 + 2 * 4 + 4 * 6)),
+    ],
+)
+def test_passes_are_what_the_documentation_says(method: Unrolled, expected: tuple[int, int]) -> None:
+    _, passes = run(make(method))
+    assert passes == [expected] * 3
+
+
+def test_asking_for_the_hypergradient_after_a_step_replays() -> None:
+    # The graphs speak of the outer parameters before their update; they are gone, not used in silence.
+    found = []
+    for memory in ("replay", "graph"):
+        engine = make(Unrolled(memory=memory), "dropout")
+        run(engine, 2)
+        assert all(step.graph is None for step in engine._records["classifier"].trajectory)
+        found.append(engine.hypergradient().grad["weight"])
+    assert torch.equal(*found)
+
+
+def test_a_graph_of_parameters_that_have_changed_since_is_not_used() -> None:
+    """A chain of inner problems: the middle one is updated after the lowest has made its steps."""
+
+    def nested(memory: str) -> Engine:
+        torch.manual_seed(0)
+
+        class Top(Problem):
+            def loss(self, batch: Any) -> Any:
+                return (self.middle.module.weight - self.low.module.weight).square().sum() + self.module.weight.sum()
+
+        class Middle(Problem):
+            def loss(self, batch: Any) -> Any:
+                gap = self.module.weight * self.top.module.weight - 1.0
+                return gap.square().sum() + self.module.weight.square().sum()
+
+        class Low(Problem):
+            def loss(self, batch: Any) -> Any:
+                return (self.module.weight * self.middle.module.weight - 1.0).square().sum()
+
+        method = Unrolled(memory=memory)
+        parts = [nn.Linear(2, 2, bias=False).double() for _ in range(3)]
+        return Engine(
+            [
+                Top(parts[0], optimizer=sgd),
+                Middle(parts[1], optimizer=sgd, steps=2),
+                Low(parts[2], optimizer=sgd, steps=3),
+            ],
+            QUIET,
+            hypergradient=method,
+        )
+
+    results = []
+    for memory in ("replay", "graph"):
+        engine = nested(memory)
+        engine.run(3)
+        results.append(state_of(engine))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_refused_step_leaves_graphs_behind_that_are_not_used() -> None:
+    engine = make(Unrolled(memory="graph"))
+    bad = (torch.full((6, 4), float("nan"), dtype=torch.float64), batches()[0][1])
+    run(engine, 1)
+    before = state_of(engine)
+    with pytest.raises(Exception, match="finite"):
+        engine.step({"weights": bad})
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
+    other = make(Unrolled(memory="replay"))
+    run(other, 1)
+    with pytest.raises(Exception, match="finite"):
+        other.step({"weights": bad})
+    assert torch.equal(engine.hypergradient().grad["weight"], other.hypergradient().grad["weight"])
+
+
+def test_replays_memory_does_not_depend_on_the_size_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations that are alive when the outer loss is evaluated: after the inner steps, before the way back."""
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive: list[weakref.ref[Tensor]] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1.0
+            self.alive.append(weakref.ref(x))
+            return x.sin()  # keeps x for the backward pass
+
+    counts = {}
+    for memory, steps in itertools.product(("replay", "graph"), (2, 5)):
+        engine = make(Unrolled(memory=memory), steps=steps)
+        watched = Watched()
+        network = engine.problems["classifier"].module
+        assert isinstance(network, nn.Sequential)
+        network.insert(1, watched)
+        engine = Engine(
+            [
+                Weights(nn.Linear(6, 1, bias=False).double(), optimizer=sgd, data=batches()),
+                Classifier(network, optimizer=sgd, data=batches(), steps=steps),
+            ],
+            QUIET,
+            hypergradient=Unrolled(memory=memory),
+        )
+        watched.alive.clear()
+        total = engine._total
+
+        def counted(*arguments: Any, total: Any = total, watched: Watched = watched, key: Any = (memory, steps)) -> Any:
+            counts[key] = sum(reference() is not None for reference in watched.alive)
+            return total(*arguments)
+
+        monkeypatch.setattr(engine, "_total", counted)
+        engine.step()
+    assert counts == {("replay", 2): 0, ("replay", 5): 0, ("graph", 2): 2, ("graph", 5): 5}
+
+
+def test_buffers_that_do_not_change_are_kept_once() -> None:
+    # batch norm has three, which every update changes; a table of constants is copied once
+    for kind, expected in (("batch norm", 4 * 3 + 1), ("plain", 1)):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 8), *hidden(kind), nn.Linear(8, 3)).double()
+        network.register_buffer("table", torch.zeros(100))
+        engine = Engine(
+            [
+                Weights(nn.Linear(6, 1, bias=False).double(), optimizer=sgd, data=batches()),
+                Classifier(network, optimizer=sgd, data=batches(), steps=4),
+            ],
+            QUIET,
+            hypergradient=Unrolled(),
+        )
+        engine.step()
+        steps = engine._records["classifier"].trajectory
+        assert len({id(b) for step in steps for values in step.buffers.values for b in values}) == expected
+
+
+@pytest.mark.parametrize("mode", [{"memory": "graph"}, {"mode": "forward"}, {}])
+def test_an_optimiser_of_the_function_form_is_refused(mode: dict[str, str]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"Unrolled\.optimizer is for gradient steps.*'classifier'.*SGD: leave optimizer='adam' out"
+    ):
+        make(Unrolled(optimizer="adam", **mode))  # type: ignore[arg-type]
+
+
+def test_a_learning_rate_is_not_used_and_that_is_said() -> None:
+    with pytest.warns(BilevelWarning, match=r"Unrolled\.learning_rate is not used"):
+        make(Unrolled(learning_rate=0.3))
+
+
+def test_graphs_in_low_precision_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"precision='bfloat16'.*use memory='replay'"):
+        make(Unrolled(memory="graph"), config=EngineConfig(progress=False, precision="bfloat16"))
