@@ -64,16 +64,17 @@ class NystromApproximation:
         outside = self._combine(-components, v)
         return tuple(a + b / damping for a, b in zip(inside, outside, strict=True))
 
-    def preconditioner(self, damping: float) -> Preconditioner:
-        """Returns ``v ↦ P⁻¹ v`` for ``H + δI``, ``P⁻¹ = (λ + δ) U (Λ + δI)⁻¹ Uᵀ + I − U Uᵀ`` with the smallest λ of Λ.
+    def preconditioner(self, damping: float, power: float = 1.0) -> Preconditioner:
+        """Returns ``v ↦ P^(−power) v`` with a preconditioner P of ``H + δI``.
 
-        The condition number of ``P^(−1/2) (H + δI) P^(−1/2)`` is at most ``(λ + δ + ‖H − Ĥ‖) / δ`` (Frangella, Tropp,
-        Udell 2021, proposition 5.3). Where λ + δ is zero the smallest positive eigenvalue takes its place.
+        ``P⁻¹ = (λ + δ) U (Λ + δI)⁻¹ Uᵀ + I − U Uᵀ`` with the smallest λ of Λ. The condition number of
+        ``P^(−1/2) (H + δI) P^(−1/2)`` is at most ``(λ + δ + ‖H − Ĥ‖) / δ`` (Frangella, Tropp, Udell 2021, proposition
+        5.3). Where λ + δ is zero the smallest positive eigenvalue takes its place.
         """
         shifted = self.eigenvalues + damping
         positive = shifted[shifted > 0.0]
         smallest = positive.min() if len(positive) else shifted.new_ones(())
-        gains = torch.where(shifted > 0.0, smallest / shifted.clamp_min(1e-300), 1.0) - 1.0
+        gains = torch.where(shifted > 0.0, smallest / shifted.clamp_min(1e-300), 1.0).pow(power) - 1.0
 
         def apply(v: Tensors) -> Tensors:
             return self._combine(gains * self._components(v), v)
