@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import BilevelWarning, NonFiniteError, ParameterError
-from bilevel.functional import FunctionObjective, Objective, PassCount, leaves
+from bilevel.functional import FunctionObjective, Objective, PassCount, leaves, transform_errors
 from bilevel.hypergrad import Estimator, InnerProblem, as_estimator
 from bilevel.hypergrad.base import refuse_without_state
 from bilevel.hypergrad.function import Loss
@@ -54,7 +54,8 @@ def argmin(
 
     The decorated function raises:
         NonFiniteError: The solver's result, or the inner loss at it, is NaN or infinite.
-        ParameterError: The solver, or its caller, passed something that is no structure of real floating-point tensors.
+        ParameterError: The solver, or its caller, passed something that is no structure of real floating-point tensors;
+            or the call is inside a ``torch.func`` transform.
         LossError: The inner loss (in the backward pass) is no scalar or does not depend on the inner parameters.
 
     A solve that fails in a backward pass gives a ``BilevelWarning`` with its report and remedy. As in
@@ -105,7 +106,8 @@ def argmin(
         def solve(outer_params: Any) -> Any:
             outer, structure = flatten(outer_params, "outer")
             call = _Call(inner_loss, estimator, solver, name, structure)
-            found: Tensors = _Solution.apply(call, *outer)  # type: ignore[no-untyped-call]
+            with transform_errors():
+                found: Tensors = _Solution.apply(call, *outer)  # type: ignore[no-untyped-call]
             assert call.inner_structure is not None
             return call.inner_structure.rebuild(found)
 
