@@ -61,12 +61,13 @@ def gmres(
     q, residual, products = first_residual(operator, v, start)
     goal = float(norm(v))
     epsilon = epsilon or machine_epsilon(v)
+    hidden = max(HIDDEN, 30 * epsilon)
     # The recursion's residual keeps falling below what q can represent; going on only collects rounding.
     target = max(rtol, 0.01 * epsilon) * goal
     size, largest, asymmetry, left = float(norm(residual)), 0.0, 0.0, max_iterations
     status, message = Status.STOPPED_AT_CAP, ""
     while size > target and left > 0:
-        cycle = _Cycle(operator, residual, size, epsilon, epsilon / (HIDDEN * goal))
+        cycle = _Cycle(operator, residual, size, epsilon, epsilon / (hidden * goal))
         cycle.iterate(target, min(left, restart or left))
         products, left = products + cycle.products, left - cycle.products
         largest, asymmetry = max(largest, cycle.largest), max(asymmetry, cycle.asymmetry)
@@ -87,7 +88,7 @@ def gmres(
         status = Status.CONVERGED if size <= target else status
     if status is Status.DIVERGED:
         message = "a Hessian product is not finite"
-    elif epsilon * largest * float(norm(q)) > HIDDEN * goal:
+    elif epsilon * largest * float(norm(q)) > hidden * goal:
         status = Status.SINGULAR  # rounding of ‖H‖‖q‖ is what the recursion's residual does not see
     elif symmetric and asymmetry > ASYMMETRY_TOLERANCE * epsilon * largest:
         status, message = Status.NOT_SYMMETRIC, f"relative asymmetry {asymmetry / largest:.1e}"

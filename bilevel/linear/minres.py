@@ -58,7 +58,8 @@ def minres(
     """
     q, residual, products = first_residual(operator, v, start)
     goal = float(norm(v))
-    probe = Probe(epsilon or machine_epsilon(v), HIDDEN)
+    epsilon = epsilon or machine_epsilon(v)
+    probe = Probe(epsilon, max(HIDDEN, 30 * epsilon))
     # The recursion's residual keeps falling below what q can represent; going on only collects rounding.
     target = max(rtol, 0.01 * probe.epsilon) * goal
     while True:
@@ -83,10 +84,17 @@ def minres(
         rounded = not run.suspended and size > 2 * max(target, run.residual)
         if rounded and (max_iterations == 0 or not size <= 0.5 * before):
             unseen = probe.epsilon * probe.largest * float(norm(run.q))
-            lost = unseen > HIDDEN * goal or probe.epsilon * run.condition**2 > 1.0  # no digit of a solution survives
+            lost = (
+                unseen > probe.lost * goal or probe.epsilon * run.condition**2 > 1.0
+            )  # no digit of a solution survives
             return probe.solution(q, Status.SINGULAR if lost else Status.STOPPED_AT_CAP, products, goal, ROUNDED)
         if max_iterations == 0:
             return probe.solution(q, Status.STOPPED_AT_CAP, products, goal, run.curvature())
+
+
+def _flat(probe: Probe) -> float:
+    """Returns the size below which a product with a unit vector is rounding."""
+    return min(FLAT * probe.epsilon, math.sqrt(probe.epsilon)) * probe.largest
 
 
 class _Run:
@@ -124,7 +132,7 @@ class _Run:
             rotation.turn(alpha, after)
             if self.iterations == 1:
                 reach = 2 * self._probe.epsilon**0.5 * rotation.image
-            if rotation.image <= FLAT * self._probe.epsilon * self._probe.largest:
+            if rotation.image <= _flat(self._probe):
                 self.status = Status.SINGULAR
                 return
             if rotation.image <= reach:
@@ -146,7 +154,7 @@ class _Run:
     def curvature(self) -> str:
         """Says where H shows to be indefinite: the smallest Ritz value is an upper bound of the smallest eigenvalue."""
         smallest = self._lanczos.smallest()
-        if smallest >= -FLAT * self._probe.epsilon * self._probe.largest:
+        if smallest >= -_flat(self._probe):
             return ""
         return f"the Hessian has an eigenvalue of {smallest:.3g} or below"
 

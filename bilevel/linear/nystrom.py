@@ -82,15 +82,17 @@ class NystromApproximation:
         return apply
 
     def _components(self, v: Tensors) -> Tensor:
-        parts = [U.T @ part.reshape(-1).to(U) for U, part in zip(self.vectors, v, strict=True)]
+        with _full_precision(v):
+            parts = [U.T @ part.reshape(-1).to(U) for U, part in zip(self.vectors, v, strict=True)]
         return torch.stack([part.to(self.eigenvalues) for part in parts]).sum(0)
 
     def _combine(self, components: Tensor, onto: Tensors) -> Tensors:
         """Returns ``onto + U components``."""
-        return tuple(
-            part + (U @ components.to(U)).reshape(part.shape).to(part)
-            for U, part in zip(self.vectors, onto, strict=True)
-        )
+        with _full_precision(onto):
+            return tuple(
+                part + (U @ components.to(U)).reshape(part.shape).to(part)
+                for U, part in zip(self.vectors, onto, strict=True)
+            )
 
 
 def nystrom(
@@ -122,15 +124,21 @@ def nystrom(
     generator = torch.Generator().manual_seed(seed)
     test = torch.linalg.qr(torch.stack([_flat(gaussian(like, generator)) for _ in range(rank)], dim=1)).Q
     images = torch.stack([_flat(operator(_parts(column, like))) for column in test.unbind(1)], dim=1)
-    status, message = _judge(test, images, epsilon)
-    if status is Status.DIVERGED:
-        images = torch.zeros_like(images)
-    basis, eigenvalues = _decompose(test, images, epsilon)
+    with _full_precision(like):
+        status, message = _judge(test, images, epsilon)
+        if status is Status.DIVERGED:
+            images = torch.zeros_like(images)
+        basis, eigenvalues = _decompose(test, images, epsilon)
     vectors = tuple(
         rows.to(device=part.device, dtype=torch.promote_types(part.dtype, torch.float32))
         for rows, part in zip(torch.split(basis, sizes), like, strict=True)
     )
     return NystromApproximation(vectors, eigenvalues, sum(sizes), status, rank, message)
+
+
+def _full_precision(vector: Tensors) -> torch.autocast:
+    """Keeps autocast, which may be on around a solve, away from its matrix products."""
+    return torch.autocast(vector[0].device.type, enabled=False)
 
 
 def _flat(vector: Tensors) -> Tensor:
