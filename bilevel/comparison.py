@@ -331,39 +331,41 @@ def _reference(problems: Sequence[Nested], found: Sequence[Tensors], name: str) 
         nodes = nodes.union(*(field.nodes for field in fields.values()))
         diagnoses.append(diagnose(nested, fields, dense))
         here = exact(nested, dense) if dense else None
-        reference = here
-        if name == "unrolled":
-            reference = unrolled(nested)
-        elif name == "central_difference":
-            reference = central_difference(nested, own)
-        assert reference is not None
-        references.append(_limited(reference, diagnoses[-1], name))
+        references.append(_computed(name, nested, own, here, _obstacle(diagnoses[-1], name)))
         local.append(here)
     moved = name != "exact" and all(part is not None for part in local)
     together = tuple(part for here in local if here is not None for part in here.value)
     return _Result(references, together if moved else None, diagnoses, nodes)
 
 
-def _limited(reference: ReferenceValue, diagnosis: Diagnosis, name: str) -> ReferenceValue:
-    """Withdraws the reference's error estimate where a probe shows that it rests on what does not hold."""
+def _computed(name: str, nested: Nested, found: Tensors, here: ReferenceValue | None, obstacle: str) -> ReferenceValue:
+    if name == "exact":
+        assert here is not None
+        return replace(here, error=math.inf, failure=obstacle) if obstacle else here
+    if obstacle:
+        nothing = tuple(torch.full_like(part, math.nan) for part in nested.outer)
+        return ReferenceValue(nothing, math.inf, "not computed", failure=obstacle)
+    return unrolled(nested) if name == "unrolled" else central_difference(nested, found)
+
+
+def _obstacle(diagnosis: Diagnosis, name: str) -> str:
+    """Returns why a reference rests on what a probe shows not to hold; empty where none does."""
     hidden = max(level.hidden.size for level in diagnosis.levels)
     noise = max((found.level for found in diagnosis.noise), default=0.0)
     if noise > _TOLERATED_NOISE:
-        reason = f"two evaluations of a loss at the same point differ by {noise:.1e}"
-    elif name != "central_difference" and diagnosis.outer_hidden > TOLERATED_DIFFERENCE:
-        reason = (
-            "it takes the outer loss's gradient by autograd, which does not see all of it: take 'central_difference'"
-        )
-    elif name != "central_difference" and any(level.hidden.at_a_kink for level in diagnosis.levels):
-        reason = "the inner gradient jumps at the given point, where it has no derivative"
-    elif name == "unrolled" and hidden > TOLERATED_DIFFERENCE:
-        reason = (
+        return f"two evaluations of a loss at the same point differ by {noise:.1e}"
+    if name == "central_difference":
+        return ""
+    if diagnosis.outer_hidden > TOLERATED_DIFFERENCE:
+        return "it takes the outer loss's gradient by autograd, which does not see all of it: take 'central_difference'"
+    if any(level.hidden.at_a_kink for level in diagnosis.levels):
+        return "the inner gradient jumps at the given point, where it has no derivative"
+    if name == "unrolled" and hidden > TOLERATED_DIFFERENCE:
+        return (
             "reverse mode sees what autograd sees, which is not all of how the inner gradient changes: take 'exact' or "
             "'central_difference'"
         )
-    else:
-        return reference
-    return replace(reference, error=math.inf, failure=reason)
+    return ""
 
 
 def relative_distance(found: Tensors, expected: Tensors) -> float:

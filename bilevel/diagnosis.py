@@ -196,26 +196,32 @@ def _outer(nested: Nested) -> tuple[float, bool]:
         return float(nested.objective.within(moved[:count], moved[count:], lambda evaluate: evaluate().detach()))
 
     here, extent = value(base), 1 + float(base.norm())
-    missed, seen = [], []
+    seen: list[float] = []
+    slopes: list[list[float]] = [[], []]
     bends: list[list[float]] = [[], []]
     for _ in range(4):
         move = normal(len(base), generator, base.device)
         move = move / move.norm()
+        seen.append(float(gradient @ move))
         for place, size in enumerate(_STEPS):
             step = size * extent
             ahead, behind = value(base + step * move), value(base - step * move)
+            slopes[place].append((ahead - behind) / (2 * step))
             bends[place].append((ahead - 2 * here + behind) / step)
-            if place == 0:
-                seen.append(float(gradient @ move))
-                missed.append((ahead - behind) / (2 * step) - seen[-1])
-    rounding = 1e-15 * abs(here) / (_STEPS[0] * extent)
-    error, scale = math.hypot(*missed), math.hypot(*(a + b for a, b in zip(seen, missed, strict=True)))
-    slope = max(scale, math.hypot(*seen))
     coarse, fine = (math.hypot(*found) for found in bends)
-    # what bends smoothly bends a hundred times less over a hundredth of the step
-    kink = fine > 0.3 * coarse and fine > 1e-4 * slope + 1e3 * rounding
-    # next to a minimum of F, slopes are what a step away from it makes them
-    return (error / slope if error > max(100 * rounding, 1e-2 * coarse) or kink else 0.0), kink
+    # Next to a minimum of F, slopes are what a step away from it makes them.
+    floors = [1e-2 * coarse + 1e-13 * abs(here) / (size * extent) for size in _STEPS]
+    missed = [
+        _missed(found, seen) if math.dist(found, seen) > floor else 0.0
+        for found, floor in zip(slopes, floors, strict=True)
+    ]
+    # What bends smoothly bends a hundred times less over a hundredth of the step.
+    kink = fine > 0.3 * coarse and fine > 1e-4 * math.hypot(*seen) + floors[1] - 1e-2 * coarse
+    return min(missed), kink
+
+
+def _missed(found: Sequence[float], seen: Sequence[float]) -> float:
+    return math.dist(found, seen) / max(math.hypot(*found), math.hypot(*seen))
 
 
 def _connections(

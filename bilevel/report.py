@@ -101,18 +101,23 @@ class HypergradientReport:
         """Returns the report as text: verdict, inner problem, a table by parameter (worst first) and likely causes."""
         lines = [
             f"{self.method} against {self.reference} in {dtype_name(self.reference_dtype)}: {self.verdict}",
-            f"  relative error {self.relative_error:.2e} (tolerance {self.rtol:.0e}), cosine {self.cosine:.6f}",
+            f"  relative error {self.relative_error:.2e} (tolerance {self.rtol:.0e}), cosine {self.cosine:.6f}"
+            if self._compared
+            else "  not compared: there is no reference",
             *_wrapped("reference  ", f"{self._reference()}"),
             *_wrapped("inner      ", self._inner()),
             *_wrapped("method     ", self.info.explain()),
-            "",
-            *_table(self.per_parameter),
+            *(("", *_table(self.per_parameter)) if self._compared else ()),
         ]
         if self.causes:
             lines += ["", "  what may explain this:" if not self.passed else "  what to know:"]
             for cause in self.causes:
                 lines += textwrap.wrap(cause, _WIDTH, initial_indent="  - ", subsequent_indent="    ", **_UNBROKEN)
         return "\n".join(lines)
+
+    @property
+    def _compared(self) -> bool:
+        return not (self.reference_failure and all(math.isnan(part.norm) for part in self.per_parameter.values()))
 
     def _reference(self) -> str:
         if self.reference_failure:

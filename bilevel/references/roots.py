@@ -113,7 +113,7 @@ class RootSolver:
         probe = hidden(current)
         by_differences = probe.size > TOLERATED_DIFFERENCE and not probe.at_a_kink
         shift = 0.0
-        for _ in range(60):
+        for _ in range(40):
             dense = DenseField(current, by_differences=by_differences)
             low, high = float(dense.eigenvalues[0]), float(dense.eigenvalues.abs().max())
             if not math.isfinite(high):
@@ -144,7 +144,7 @@ class RootSolver:
     ) -> tuple[GradientField, float] | None:
         high = float(dense.eigenvalues.abs().max())
         eye = torch.eye(len(current.value)).to(current.value)
-        for _ in range(30):
+        for _ in range(15):
             step = (
                 torch.linalg.solve(dense.jacobian + shift * eye, current.value) if shift else dense.solve(current.value)
             )

@@ -21,6 +21,7 @@ _ASYMMETRY = 1e-6
 _NUM_LANCZOS = 60
 _PATIENCE = 600
 _NUM_ATTEMPTS = 4
+_GLANCE = 1_000
 _SMALL = 1e-11
 
 
@@ -184,7 +185,7 @@ def _sweep(descent: _Descent, v: Tensor) -> tuple[Tensor, int, float]:
         for shorter in range(_NUM_ATTEMPTS):
             alpha, beta = pace.size / 4**shorter, 0.0 if shorter else pace.momentum
             a, b, count = v, torch.zeros_like(v), 0
-            q, total = torch.zeros_like(v), torch.zeros_like(field.parameters)
+            q, total, before = torch.zeros_like(v), torch.zeros_like(field.parameters), math.inf
             while count < LARGEST_NUM_STEPS:
                 count += 1
                 image, mixed = pull(a)
@@ -194,6 +195,10 @@ def _sweep(descent: _Descent, v: Tensor) -> tuple[Tensor, int, float]:
                 rest = float(a.norm()) + float(b.norm())
                 if not rest <= 1e3 * size or rest <= _SMALL * size:
                     break
+                if count % _GLANCE == 0:
+                    if _hopeless(before, rest, _SMALL * size, count):
+                        break
+                    before = rest
             if rest <= 1e3 * size:
                 break
         if not rest <= 1e3 * size:
@@ -203,6 +208,14 @@ def _sweep(descent: _Descent, v: Tensor) -> tuple[Tensor, int, float]:
         return total, count, residual / (pace.smallest * float(q.norm())) if pace.smallest > 0 else math.inf
 
     return field.with_products(body)
+
+
+def _hopeless(before: float, now: float, goal: float, count: int) -> bool:
+    """Whether, at the rate of the last steps, the goal lies far beyond the largest number of steps."""
+    if not before < math.inf or now <= goal:
+        return False
+    rate = math.log(now / before) / _GLANCE
+    return rate >= 0 or count + math.log(goal / now) / rate > 2 * LARGEST_NUM_STEPS
 
 
 def _nothing(nested: Nested, details: str, failure: str) -> ReferenceValue:
