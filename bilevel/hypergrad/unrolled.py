@@ -73,6 +73,10 @@ class Unrolled(InnerUpdates):
         "double backward; a torch inner optimiser with a differentiable update (SGD, Adam and kin); one copy of "
         "parameters and optimiser memory per step (replay), or its graph (graph)"
     )
+    storage: ClassVar[str] = "replay: parameters and optimiser memory of every step; graph: all steps' graphs"
+    purpose: ClassVar[str] = (
+        "few inner steps from a reset start, and inner problems that are not solved: the derivative of what was done"
+    )
 
     def __post_init__(self) -> None:
         """Validates the fields."""
@@ -108,11 +112,11 @@ class _ReverseResponse(Response):
         steps = self.trajectory.steps
         inner = promote(cotangent)
         memory = zeros_like(steps[-1].memory)
-        total = zeros_like(self.problem.outer)
+        total = zeros_like(promote(self.problem.outer))
         for place, step in reversed(list(enumerate(steps))):
             # nothing comes before the oldest step: its parameters need no cotangent
             inner, memory, outer = _pull_step(step, inner, memory, self.problem.outer, oldest=place == 0)
-            total = add(total, outer)
+            total = add(total, promote(outer))
         status = Status.NOT_APPLICABLE if is_finite(total) else Status.DIVERGED
         length, message = len(steps), self.trajectory.message
         return Pullback(

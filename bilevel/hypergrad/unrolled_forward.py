@@ -167,6 +167,6 @@ def _units(tensors: Tensors) -> Iterator[Tensors]:
     """Yields the unit vectors of all elements, in order."""
     for place, part in enumerate(tensors):
         for element in range(part.numel()):
-            unit = zeros_like(tensors)
-            unit[place].view(-1)[element] = 1.0
-            yield unit
+            one = torch.zeros(part.numel(), dtype=part.dtype, device=part.device)
+            one[element] = 1.0
+            yield (*zeros_like(tensors[:place]), one.reshape(part.shape), *zeros_like(tensors[place + 1 :]))

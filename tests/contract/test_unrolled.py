@@ -1,16 +1,34 @@
 from __future__ import annotations
 
+import math
 import re
+import weakref
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from bilevel import Estimator, Hypergradient, Status, Unrolled, hypergradient
+from bilevel import Estimator, Hypergradient, Status, Unrolled, argmin, hypergradient
 from bilevel.errors import ConfigError, NonFiniteError
-from tests.bilevel.strategies import quadratics, samples
-from tests.contract.contract import DOUBLE, EstimatorContract, Sample, forall, operator_norm
+from tests.bilevel.strategies import make_quadratic, quadratics, samples
+from tests.contract.contract import (
+    DOUBLE,
+    STRUCTURES,
+    EstimatorContract,
+    Field,
+    Sample,
+    flat,
+    forall,
+    operator_norm,
+    solve,
+)
+
+FORMS: dict[str, dict[str, Any]] = {"replay": {}, "graph": {"memory": "graph"}, "forward": {"mode": "forward"}}
+OPTIMIZERS = ["sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw"]
 
 
 class TestUnrolled(EstimatorContract):
@@ -19,8 +37,12 @@ class TestUnrolled(EstimatorContract):
 
     def estimators(self, sample: Sample) -> st.SearchStrategy[Estimator]:
         largest = float(sample.eigenvalues[-1])
-        rates = st.floats(0.05, 1.95).map(lambda share: share / largest)
-        return st.builds(Unrolled, steps=st.integers(1, 20), learning_rate=rates)
+        return st.builds(
+            lambda form, steps, share: Unrolled(steps, share / largest, **FORMS[form]),
+            st.sampled_from(list(FORMS)),
+            st.integers(1, 20),
+            st.floats(0.05, 1.95),
+        )
 
     def bound(self, estimator: Estimator, sample: Sample, result: Hypergradient) -> float:
         # From the solution the iterates stay there, and (I − ηH)ᴷ H⁻¹ v is what the derivative of K steps leaves out.
@@ -33,8 +55,46 @@ class TestUnrolled(EstimatorContract):
 
     def passes(self, estimator: Estimator, result: Hypergradient) -> tuple[int, int]:
         assert isinstance(estimator, Unrolled)
-        assert result.info.iterations == result.info.products == estimator.steps
-        return 2 * result.info.iterations, 3 * result.info.iterations
+        steps = result.info.iterations
+        assert steps == estimator.steps
+        if estimator.mode == "forward":
+            assert result.info.products == steps * result.grad.numel()
+            return steps, 2 * steps + result.info.products
+        assert result.info.products == steps
+        return (steps, 2 * steps) if estimator.memory == "graph" else (2 * steps, 3 * steps)
+
+
+@pytest.mark.parametrize("form", ["graph", "forward"])
+@pytest.mark.parametrize("inner_structure", STRUCTURES)
+@pytest.mark.parametrize("outer_structure", ["tensor", "nested", "not contiguous", "empty tensor among others"])
+def test_every_form_takes_every_structure(inner_structure: str, outer_structure: str, form: str) -> None:
+    sample = make_quadratic(6, 6, 3.0, 1.0, 1)
+    inner_loss, outer_loss = sample.losses()
+    results = [
+        hypergradient(
+            lambda w, lam: inner_loss(flat(w), flat(lam)),
+            lambda w, lam: outer_loss(flat(w), flat(lam)),
+            STRUCTURES[inner_structure](sample.inner + 1.0),
+            STRUCTURES[outer_structure](sample.outer.clone()),
+            Unrolled(3, 0.5, **fields),
+        )
+        for fields in (FORMS["replay"], FORMS[form])
+    ]
+    torch.testing.assert_close(flat(results[1].grad), flat(results[0].grad), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["graph", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_form_keeps_the_dtype(dtype: torch.dtype, form: str) -> None:
+    sample = make_quadratic(4, 3, 3.0, 1.0, 2)
+    inner, outer = (part.to(dtype) for part in (sample.inner + 1.0, sample.outer))
+    one, other = (
+        hypergradient(*sample.losses(dtype), inner, outer, Unrolled(4, 0.5, **fields)).grad
+        for fields in (FORMS["replay"], FORMS[form])
+    )
+    assert one.dtype == other.dtype
+    size = float(one.float().norm())
+    torch.testing.assert_close(other, one, rtol=0, atol=20 * torch.finfo(dtype).eps * size)
 
 
 def descend(sample: Sample, start: Tensor, steps: int, rate: float, lam: Tensor) -> Tensor:
@@ -105,7 +165,7 @@ def test_an_independent_optimiser_makes_the_same_steps() -> None:
     optimizer = torch.optim.SGD([w], lr=0.05)
     for _ in range(7):
         optimizer.zero_grad()
-        inner(w, lam).backward()
+        inner(w, lam).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     result = hypergradient(inner, lambda w, lam: w.sum(), start, lam, Unrolled(steps=7, learning_rate=0.05))
     torch.testing.assert_close(result.inner, w.detach(), rtol=1e-14, atol=0)
@@ -156,3 +216,233 @@ def test_status_says_that_nothing_was_solved() -> None:
 def test_fields_are_validated(field: str, value: object, expected: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"Unrolled.{field} must be {expected}")):
         Unrolled(**{field: value})  # type: ignore[arg-type]
+
+
+class Network:
+    """A small convolutional network with dropout and checkpointing, as functions of its parameters."""
+
+    def __init__(self, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=DOUBLE) / 3
+
+        self.x = normal(6, 1, 4, 4) * 3
+        self.y = torch.randint(3, (6,), generator=generator)
+        self.inner = {"conv": normal(4, 1, 3, 3), "body": normal(16, 16), "head": normal(3, 16), "unused": normal(2)}
+        self.outer = {"weights": normal(6), "decay": normal() - 2, "unused": normal(1)}
+
+    def logits(self, w: Any) -> Any:
+        hidden = F.conv2d(self.x, w["conv"]).flatten(1).tanh()
+        hidden = checkpoint(
+            lambda h: F.dropout(F.layer_norm(h @ w["body"], (16,)).sigmoid()), hidden, use_reentrant=False
+        )
+        return hidden @ w["head"].T
+
+    def inner_loss(self, w: Any, lam: Any) -> Any:
+        fit = (lam["weights"].sigmoid() * F.cross_entropy(self.logits(w), self.y, reduction="none")).mean()
+        return fit + lam["decay"].exp() * (w["conv"].square().sum() + w["head"].square().sum())
+
+    def outer_loss(self, w: Any, lam: Any) -> Any:
+        hidden = F.conv2d(self.x, w["conv"]).flatten(1).tanh() @ w["body"]
+        return F.cross_entropy(hidden @ w["head"].T, self.y) + 0.01 * lam["decay"].square()
+
+
+def unroll(network: Network, form: dict[str, Any], optimizer: str, steps: int, rate: float) -> Hypergradient:
+    torch.manual_seed(1)
+    estimator = Unrolled(steps, rate, optimizer=optimizer, **form)
+    return hypergradient(network.inner_loss, network.outer_loss, network.inner, network.outer, estimator)
+
+
+@forall(15, number=st.integers(0, 2**31), steps=st.integers(1, 6), optimizer=st.sampled_from(OPTIMIZERS))
+def test_replay_equals_graph_bit_for_bit_and_forward_mode_to_rounding(number: int, steps: int, optimizer: str) -> None:
+    network = Network(number)
+    rate = 0.3 if optimizer in ("sgd", "momentum", "nesterov") else 0.01
+    results = {name: unroll(network, form, optimizer, steps, rate) for name, form in FORMS.items()}
+    replay = results.pop("replay")
+    for name, other in results.items():
+        for key, expected in replay.grad.items():
+            if name == "graph":
+                assert torch.equal(other.grad[key], expected)
+            # Adam's update from zero memory has derivatives up to 1/ε: entries that cancel keep their rounding
+            scale = 1 + float(expected.abs().max())
+            torch.testing.assert_close(other.grad[key], expected, rtol=1e-8, atol=1e-10 * scale)
+        assert all(torch.equal(other.inner[key], replay.inner[key]) for key in network.inner)
+    assert float(replay.grad["decay"].abs()) > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_named_optimisers_are_differentiated_as_torchs_own(optimizer: str, form: str) -> None:
+    """Against central differences of a loop with the torch optimiser of that name."""
+    sample = make_quadratic(4, 2, 4.0, 1.0, 3)
+    inner_loss, outer_loss = sample.losses()
+    start = sample.inner + torch.tensor([1.0, -1.0, 2.0, 0.5], dtype=DOUBLE)
+    kinds: dict[str, Any] = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+        "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1),
+        "adam": lambda p: torch.optim.Adam(p, lr=0.1),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    }
+
+    def end(lam: Tensor) -> Tensor:
+        w = start.clone().requires_grad_()
+        made = kinds[optimizer]([w])
+        for _ in range(5):
+            made.zero_grad()
+            inner_loss(w, lam).backward()  # type: ignore[no-untyped-call]
+            made.step()
+        return w.detach()
+
+    expected = sample.direct.clone()
+    for place in range(2):
+        move = torch.zeros(2, dtype=DOUBLE)
+        move[place] = 1e-5
+        ahead, behind = (outer_loss(end(sample.outer + sign * move), sample.outer) for sign in (1, -1))
+        expected[place] += (ahead - behind) / 2e-5
+    estimator = Unrolled(5, 0.1, optimizer=optimizer, **FORMS[form])
+    result = hypergradient(inner_loss, outer_loss, start, sample.outer, estimator)
+    torch.testing.assert_close(result.inner, end(sample.outer), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(result.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+@forall(30, sample=samples(max_condition=100.0), steps=st.integers(1, 40), nesterov=st.booleans())
+def test_momentum_tends_to_the_implicit_derivative(sample: Sample, steps: int, nesterov: bool) -> None:
+    """What the derivative of K steps from the solution leaves out is ``[I 0] Tᴷ [I; 0] dw*/dλ`` exactly.
+
+    T is the step's own matrix, on errors e and buffers b: ``b' = μb + He, e' = e − ηb'`` (``e − η(He + μb')`` with
+    Nesterov). In the Hessian's eigenvectors it falls into 2×2 blocks, so that its powers have the norms of theirs; with
+    ``√μ ≥ |1 − √(ηh)|`` they shrink as ``μ^(K/2)``: momentum converges where plain steps of this length need longer.
+    """
+    rate, momentum = 0.5 / float(sample.eigenvalues[-1]), 0.9
+    worst = 0.0
+    for h in sample.eigenvalues.tolist():
+        step = torch.tensor([[1 - rate * h, -rate * momentum], [h, momentum]], dtype=DOUBLE)
+        if nesterov:
+            step[0] = torch.tensor([1 - rate * h * (1 + momentum), -rate * momentum**2], dtype=DOUBLE)
+        worst = max(worst, abs(float(torch.linalg.matrix_power(step, steps)[0, 0])) / h)
+    name = "nesterov" if nesterov else "momentum"
+    result = solve(sample, Unrolled(steps, rate, optimizer=name))
+    bound = operator_norm(sample.mixed) * float(sample.cotangent.norm()) * worst
+    error = float((result.grad - sample.hypergradient()).norm())
+    assert error <= 1.000001 * bound + (1 + steps) * sample.rounding()
+    if float(sample.eigenvalues[0]) >= (1 - math.sqrt(momentum)) ** 2 / rate and not nesterov:
+        assert worst <= 3 * (1 + steps) * momentum ** (steps / 2) / float(sample.eigenvalues[0])
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam", "adamw"])
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_whose_gradient_has_always_been_zero_spoil_nothing(optimizer: str, form: str) -> None:
+    """The root of a second moment has no derivative at zero; a dead unit gave NaN for everything."""
+    w = {"live": torch.tensor([1.0, 2.0], dtype=DOUBLE), "dead": torch.zeros(3, dtype=DOUBLE)}
+    lam = torch.tensor([0.5, 0.3], dtype=DOUBLE)
+
+    def inner(w: Any, lam: Tensor) -> Any:
+        return (w["live"] - lam).square().sum() + (w["dead"] ** 2 * lam[0]).sum() + 0.0 * w["dead"].sum()
+
+    def outer(w: Any, lam: Tensor) -> Any:
+        return w["live"].square().sum() + w["dead"].sum()
+
+    estimator = Unrolled(4, 0.05, optimizer=optimizer, **FORMS[form])
+    found = hypergradient(inner, outer, w, lam, estimator)
+    alone = hypergradient(inner, lambda w, lam: w["live"].square().sum(), w, lam, estimator)
+    assert bool(torch.isfinite(found.grad).all())
+    torch.testing.assert_close(found.grad, alone.grad)
+    assert float(found.grad.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_argmin_takes_every_form(form: str) -> None:
+    @argmin(
+        lambda w, lam: ((w - lam) ** 4).sum() / 4 + ((w - 1) ** 2 * lam.exp()).sum() / 2,
+        method=Unrolled(steps=200, learning_rate=0.1, **FORMS[form]),
+    )
+    def fit(lam: Tensor) -> Tensor:
+        return torch.ones_like(lam)
+
+    lam = torch.tensor([0.3, -0.2], dtype=DOUBLE, requires_grad=True)
+    found = fit(lam)
+    w = found.detach()
+    slope = 3 * (w - lam.detach()) ** 2
+    expected = (slope - (w - 1) * lam.detach().exp()) / (slope + lam.detach().exp())
+    for _ in range(2):  # a retained graph may be used again
+        (grad,) = torch.autograd.grad(found.sum(), lam, retain_graph=True)
+        torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-10)
+
+
+def held_activations(form: dict[str, Any], steps: int) -> int:
+    """How many activations are alive where the outer loss is evaluated."""
+    alive: list[weakref.ref[Tensor]] = []
+    counts: list[int] = []
+
+    def inner(w: Tensor, lam: Tensor) -> Tensor:
+        hidden = w * lam
+        alive.append(weakref.ref(hidden))
+        return hidden.sin().sum() + w.square().sum()
+
+    def outer(w: Tensor, lam: Tensor) -> Tensor:
+        counts.append(sum(reference() is not None for reference in alive))
+        return w.sum()
+
+    w = torch.ones(3, dtype=DOUBLE)
+    hypergradient(inner, outer, w, w.clone(), Unrolled(steps, 0.1, **form))
+    return counts[0]
+
+
+def test_only_graphs_hold_activations() -> None:
+    for steps in (2, 7):
+        assert {name: held_activations(form, steps) for name, form in FORMS.items()} == {
+            "replay": 0,
+            "graph": steps,
+            "forward": 0,
+        }
+
+
+def test_forward_mode_refuses_what_it_cannot_hold() -> None:
+    w, lam = torch.zeros(20_000), torch.zeros(6_000)
+    with pytest.raises(ConfigError, match=r"6000 outer times 20000 inner variables are more than 100000000.*'reverse'"):
+        hypergradient(
+            lambda w, lam: w.square().sum() + lam.sum(),
+            lambda w, lam: w.sum(),
+            w,
+            lam,
+            Unrolled(steps=1, learning_rate=0.1, mode="forward"),
+        )
+
+
+def test_forward_mode_is_right_where_the_gradient_is_no_gradient() -> None:
+    """A field with a non-symmetric Jacobian: forward mode must not take its transpose."""
+    generator = torch.Generator().manual_seed(2)
+    N = torch.eye(3, dtype=DOUBLE) + torch.randn(3, 3, generator=generator, dtype=DOUBLE) / 3
+    w, lam = torch.ones(3, dtype=DOUBLE), torch.randn(3, generator=generator, dtype=DOUBLE)
+    results = [
+        hypergradient(
+            lambda w, lam: Field.apply(w, N) - w @ lam,  # type: ignore[no-untyped-call]
+            lambda w, lam: (w * torch.arange(3)).sum(),
+            w,
+            lam,
+            Unrolled(steps=5, learning_rate=0.3, **form),
+        ).grad
+        for form in FORMS.values()
+    ]
+    power, total = torch.eye(3, dtype=DOUBLE), torch.zeros(3, 3, dtype=DOUBLE)
+    for _ in range(5):
+        total, power = total + 0.3 * power, power @ (torch.eye(3, dtype=DOUBLE) - 0.3 * N)
+    for found in results:
+        torch.testing.assert_close(found, total.T @ torch.arange(3, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"memory": "graphs"}, "graph"),
+        ({"mode": "backward"}, "reverse"),
+        ({"optimizer": "sdg"}, "sgd"),
+        ({"mode": "forward", "memory": "graph"}, "keeps no graphs: leave memory out"),
+    ],
+)
+def test_choices_are_validated(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        Unrolled(steps=1, learning_rate=0.1, **fields)
