@@ -116,12 +116,14 @@ class Answer:
         v: The right-hand side, likewise.
         residual: ``(H + δI) q − v``.
         mixed: ``(∂²f/∂λ∂w) q``.
+        gradient: ``∂f/∂w``.
     """
 
     q: Tensors
     v: Tensors
     residual: Tensors
     mixed: Tensors
+    gradient: Tensors
 
 
 class Batches:
@@ -188,9 +190,12 @@ class Batches:
             part = products.select(q)
             image, mixed = products.hessian_and_mixed(part)
             full = self._recorded(products, part, axpy(self._estimator.damping, part, promote(image)))
-            reached, full, target = (_spread(x, products.active, q) for x in (part, full, promote(products.select(v))))
-            self._gradient_norm = float(norm([g.detach() for g in products.gradient]))
-            return Answer(reached, target, subtract(full, target), promote(mixed))
+            slope = tuple(g.detach() for g in products.gradient)
+            reached, full, target, gradient = (
+                _spread(x, products.active, q) for x in (part, full, promote(products.select(v)), promote(slope))
+            )
+            self._gradient_norm = float(norm(slope))
+            return Answer(reached, target, subtract(full, target), promote(mixed), gradient)
 
         return self.on(place, body)
 
