@@ -187,8 +187,10 @@ def solve_adjoint(
     # Inner products of a tiny or huge cotangent leave the range of float32; a power of two rescales without rounding.
     unit = 2.0 ** max(-100, min(100, math.frexp(size)[1])) if math.isfinite(size) else 1.0
     v = scale(1 / unit, v)
-    if size == 0.0:  # the outer loss is flat in the inner parameters
-        solution, kept = Solution(v, Status.CONVERGED, 0), {k: part for k, part in state.items() if k != SOLUTION}
+    if size == 0.0 or not math.isfinite(size):
+        # The outer loss is flat in the inner parameters; or a NaN, which every solver's start at zero would swallow.
+        status, message = (Status.CONVERGED, "") if size == 0.0 else (Status.DIVERGED, "∂F/∂w is not finite")
+        solution, kept = Solution(v, status, 0, message), {k: part for k, part in state.items() if k != SOLUTION}
     else:
         start = _start(estimator, v, state, unit)
         given = System(damped(system, damping), v, epsilon, start, diagonal, state, products.transposed)
@@ -198,7 +200,7 @@ def solve_adjoint(
     bound, extra = _certify(estimator, products, slope, scale(unit, solution.q), scale(unit, v))
     image, mixed = products.hessian_and_mixed(solution.q)
     image = axpy(damping, solution.q, promote(image))
-    residual = float(norm(subtract(image, v))) / float(norm(v)) if size > 0.0 else 0.0
+    residual = float(norm(subtract(image, v))) / float(norm(v)) if size != 0.0 else 0.0
     mixed = scale(unit, mixed)
     status, message = _verdict(estimator, products, solution, residual, epsilon)
     if math.isnan(residual) or not is_finite(mixed):
