@@ -285,7 +285,7 @@ class Batches:
             return Status.CONVERGED, ""
         if status.failed:
             return status, ""
-        seen = torch.stack([number.cpu() for number in self._seen]).reshape(-1, 3).tolist()
+        seen = torch.stack(self._seen).reshape(-1, 3).tolist()
         largest = max((image / length for length, image, _ in seen if length > 0.0), default=0.0)
         if any(curvature < -10 * epsilon * largest * length**2 for length, _, curvature in seen):
             return Status.NEGATIVE_CURVATURE, ""

@@ -169,7 +169,7 @@ class Method(ABC):
 
         Args:
             problem: The losses.
-            inner_params: w: a tensor, or a sequence or mapping of tensors.
+            inner_params: w: a tensor, or a sequence or mapping of tensors; copied.
             outer_params: λ, likewise.
             generator: A CPU generator, whose state is copied; it is not advanced.
 
@@ -178,6 +178,8 @@ class Method(ABC):
         """
         state = State(0, inner_params, outer_params, {}, generator.get_state())
         point = self._point(problem, state)
+        inner, outer = (tuple(part.clone() for part in parts) for parts in (point.inner, point.outer))
+        point = replace(point, inner=inner, outer=outer)
         first = self.start(point)
         return self._packed(point, state, Update(point.inner, point.outer, first), step=0)
 

@@ -409,6 +409,19 @@ def test_an_update_changes_nothing_of_the_state_before(name: str) -> None:
     assert run.state.step == 6
 
 
+def test_the_first_state_is_a_copy_and_the_generator_is_not_advanced() -> None:
+    case = quadratic()
+    w, lam = zeros(case)
+    seeded = generator(4)
+    before = seeded.get_state()
+    state = TTSA().init(case.problem, w, lam, seeded)
+    w += 1
+    lam += 1
+    assert torch.equal(state.inner, torch.zeros_like(w))
+    assert torch.equal(state.outer, torch.zeros_like(lam))
+    assert torch.equal(seeded.get_state(), before)
+
+
 def clone(node: Any) -> Any:
     if isinstance(node, Tensor):
         return node.clone()
