@@ -76,8 +76,9 @@ def update_of(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[Update, T
     if kind not in _RULES:
         known = ", ".join(cls.__name__ for cls in _RULES)
         raise ConfigError(
-            "a method that differentiates or repeats the inner optimiser's updates ('unrolled', 'pzobo') knows those "
-            f"of {known}; the inner problem uses {kind.__name__}. Use one of them, or an implicit method."
+            "a method that differentiates or repeats the inner optimiser's updates ('unrolled', 'pzobo', 'sama', "
+            f"'one_step') knows those of {known}; the inner problem uses {kind.__name__}. Use one of them, or an "
+            "implicit method."
         )
     _refuse_options(optimizer)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

@@ -36,7 +36,8 @@ __all__ = ["Differentiator", "InnerRecord", "LossGradient", "RecordedUpdate"]
 class RecordedUpdate:
     """One inner update: see :class:`~bilevel.hypergrad.InnerStep`.
 
-    The loss is held as its batch, and the generators' states and the values of all buffers before it.
+    The loss is held as its batch, and the generators' states and the values of all buffers before it, and the outer
+    gradient by problem, with how often each of these problems' parameters had been changed in place.
     """
 
     batch: Any
@@ -48,6 +49,7 @@ class RecordedUpdate:
     gradient: Tensors | None = None
     outer_gradient: Mapping[str, Tensors] = field(default_factory=dict)
     graph: KeptGraph | None = None
+    outer_versions: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,8 +69,8 @@ class InnerRecord:
     samples: Sequence[Any] = ()
 
     def release_graphs(self) -> None:
-        """Frees the graphs that were kept; from here on updates are evaluated again."""
-        self.trajectory = [step if step.graph is None else replace(step, graph=None) for step in self.trajectory]
+        """Frees what was kept for the present outer parameters; from here on updates are evaluated again."""
+        self.trajectory = [replace(step, graph=None, outer_gradient={}) for step in self.trajectory]
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,13 @@ class Differentiator:
             result = LossGradient(value, metrics, grads, grads)
             step = replace(step, graph=graph)
         else:
-            result, above = self.plain(problem, batch, responds_to if last and estimator.needs_outer_gradient else ())
-        return result, replace(step, gradient=result.gradient, outer_gradient=above) if last else step
+            # What autocast makes of ∂f/∂λ is no match for the products' full precision.
+            wanted = last and estimator.needs_outer_gradient and not self._autocasts()
+            result, above = self.plain(problem, batch, responds_to if wanted else ())
+        if not last:
+            return result, step
+        versions = {id(p): p._version for name in above for p in self._problems[name].parameters}
+        return result, replace(step, gradient=result.gradient, outer_gradient=above, outer_versions=versions)
 
     def total(
         self,
@@ -254,7 +261,9 @@ class Differentiator:
 
         def recorded(step: RecordedUpdate) -> InnerStep:
             above = [step.outer_gradient.get(other) for other in others]
-            whole = None if not above or None in above else tuple(p for part in above for p in part or ())
+            # A problem above may have been updated since, where it is an inner problem itself.
+            valid = above and None not in above and all(step.outer_versions.get(id(p)) == p._version for p in outer)
+            whole = tuple(p for part in above for p in part or ()) if valid else None
             lower = objective([step.batch], step.generators, step.buffers)
             graph = None if step.graph is None else step.graph.still_valid(outer)
             return InnerStep(lower, step.inner, step.memory, step.update, step.gradient, whole, graph)
@@ -267,6 +276,11 @@ class Differentiator:
             samples=[objective([batch], None) for batch in record.samples],
             diagonal=None if problem.optimizer is None else curvature_of(problem.optimizer, problem.parameters),
         )
+
+    def _autocasts(self) -> bool:
+        """Whether training passes run under autocast, the engine's or the user's."""
+        with self._autocast():
+            return any(torch.is_autocast_enabled(device.partition(":")[0]) for device in self.devices)
 
     def _gradients(self, problem: Problem, batch: Any, inputs: Tensors) -> tuple[Tensor, dict[str, Any], Tensors]:
         with torch.enable_grad(), self._autocast():
