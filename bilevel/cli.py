@@ -26,7 +26,7 @@ from bilevel.comparison import REFERENCES
 from bilevel.config import RunConfig, dump_config, load_config
 from bilevel.engine import Engine
 from bilevel.errors import BilevelError, ConfigError
-from bilevel.hypergrad import Estimator, available_methods
+from bilevel.hypergrad import Estimator, as_estimator, available_methods
 from bilevel.recipe import Recipe, RecipeError, load_recipe, place_in
 from bilevel.result import StepResult
 
@@ -130,29 +130,45 @@ def check(
 
 
 @app.command()
-def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Lists the methods with their fields, defaults, costs and needs."""
+def methods(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Show the fields of these methods.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Lists the methods: what each is for, its cost in passes, its memory and its needs; with NAME, also its fields."""
     with _reported(False):
         found = available_methods()
+        if names:
+            found = {cls.name: cls for cls in (type(as_estimator(name)) for name in names)}
         if as_json:
-            print(
-                json.dumps(
-                    {name: _describe(cls) for name, cls in found.items()}, indent=2, ensure_ascii=False, default=str
-                )
-            )
+            described = {name: _describe(cls) for name, cls in found.items()}
+            print(json.dumps(described, indent=2, ensure_ascii=False, default=str))
             return
-        table = Table(show_lines=True, expand=False)
-        table.add_column("method and fields", no_wrap=True)
-        table.add_column("what it does, costs and needs")
-        for name, cls in found.items():
-            fields = "".join(f"\n  {key} = {value!r}" for key, value in _defaults(cls).items())
-            text = Text.assemble(
-                f"{cls.summary}\n", ("cost   ", "dim"), f"{cls.cost}\n", ("needs  ", "dim"), cls.needs, overflow="fold"
-            )
-            table.add_row(Text.assemble((name, "bold"), fields), text)
         console = Console()
-        console.print(table)
-        console.print("Choose with  --set hypergradient.method=NAME --set hypergradient.FIELD=VALUE", highlight=False)
+        console.print(_method_table(found, fields=bool(names)))
+        if names:
+            console.print(
+                "Choose with  --set hypergradient.method=NAME --set hypergradient.FIELD=VALUE", highlight=False
+            )
+        else:
+            console.print("Fields and defaults:  bilevel methods NAME", highlight=False)
+
+
+def _method_table(found: Mapping[str, type[Estimator]], *, fields: bool) -> Table:
+    table = Table(show_lines=True, expand=False)
+    table.add_column("method and fields" if fields else "method", no_wrap=True)
+    table.add_column("what it computes, what for, and at which price")
+    for name, cls in found.items():
+        shown = "".join(f"\n  {key} = {value!r}" for key, value in _defaults(cls).items()) if fields else ""
+        parts: list[tuple[str, str]] = [("for    ", cls.purpose), ("cost   ", cls.cost), ("memory ", cls.storage)]
+        text = Text(cls.summary, overflow="fold")
+        for label, value in (*parts, ("needs  ", cls.needs)):
+            if value:
+                text.append("\n").append(label, "dim").append(value)
+        table.add_row(Text.assemble((name, "bold"), shown), text)
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -253,7 +269,9 @@ def _describe(cls: type[Estimator]) -> dict[str, Any]:
     return {
         "fields": _defaults(cls),
         "summary": cls.summary,
+        "purpose": cls.purpose,
         "cost": cls.cost,
+        "memory": cls.storage,
         "needs": cls.needs,
         "needs_double_backward": cls.needs_double_backward,
         "needs_trajectory": cls.needs_trajectory,

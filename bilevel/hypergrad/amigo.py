@@ -40,6 +40,8 @@ class AmIGO(Stochastic):
     summary: ClassVar[str] = "a few warm-started steps on the linear system a call, each on a fresh batch"
     cost: ClassVar[str] = "1 forward, 1 backward with graph for each batch, steps + 1 products"
     needs: ClassVar[str] = "double backward; a positive definite Hessian; step_size < 2/λmax; state across calls"
+    storage: ClassVar[str] = "the gradient's graph, 1 vector of state"
+    purpose: ClassVar[str] = "stochastic losses where one step on the system is not enough"
 
     def __post_init__(self) -> None:
         """Validates the fields."""

@@ -130,6 +130,10 @@ class Estimator(ABC):
     """Passes over the inner loss for one product, beyond the outer loss's own forward and backward pass."""
     needs: ClassVar[str]
     """What must hold or exist."""
+    storage: ClassVar[str] = ""
+    """What is held at once, beyond the inner parameters and a plain gradient's pass."""
+    purpose: ClassVar[str] = ""
+    """What it is for."""
     needs_double_backward: ClassVar[bool] = True
     """Whether the inner loss must be twice differentiable by autograd."""
     needs_trajectory: ClassVar[bool] = False

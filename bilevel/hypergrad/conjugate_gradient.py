@@ -36,6 +36,10 @@ class ConjugateGradient(Krylov, Preconditioned):
     summary: ClassVar[str] = "conjugate gradients on the inner Hessian, stopped by the residual"
     cost: ClassVar[str] = "1 forward, 1 backward with graph, iterations + 1 products"
     needs: ClassVar[str] = "double backward; a symmetric positive definite Hessian (or damping)"
+    storage: ClassVar[str] = "the gradient's graph, 4 vectors"
+    purpose: ClassVar[str] = (
+        "the default for a solved, convex or regularised inner problem: fewest products for a given error"
+    )
 
     def solve(self, system: System) -> tuple[Solution, State]:
         """See :meth:`Implicit.solve`."""

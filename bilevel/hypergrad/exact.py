@@ -33,6 +33,8 @@ class Exact(Implicit):
     summary: ClassVar[str] = "dense inner Hessian, solved directly"
     cost: ClassVar[str] = "1 forward, 1 backward with graph, n + 1 products, O(n³) operations"
     needs: ClassVar[str] = "double backward; few inner parameters (n up to a few thousand)"
+    storage: ClassVar[str] = "the gradient's graph, n² numbers"
+    purpose: ClassVar[str] = "up to a few thousand inner variables, and as the reference"
 
     def __post_init__(self) -> None:
         """Validates the fields."""

@@ -39,6 +39,10 @@ class FiniteDifference(Estimator):
     summary: ClassVar[str] = "identity for the inverse Hessian, mixed product by central differences (DARTS)"
     cost: ClassVar[str] = "2 forward, 2 backward to the outer parameters only"
     needs: ClassVar[str] = "first derivatives only"
+    storage: ClassVar[str] = "the parameters twice"
+    purpose: ClassVar[str] = (
+        "large models and fused attention, where no second derivative exists; a direction, not a length"
+    )
     needs_double_backward: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -44,6 +44,8 @@ class FSLA(Stochastic):
     summary: ClassVar[str] = "one warm-started step on the linear system a call, momentum on the mixed product"
     cost: ClassVar[str] = "1 forward, 1 backward with graph for each batch, 2 products; 1 of each more for the momentum"
     needs: ClassVar[str] = "double backward; a positive definite Hessian; step_size < 2/λmax; state across calls"
+    storage: ClassVar[str] = "a batch's gradient graph, 3 vectors of state"
+    purpose: ClassVar[str] = "stochastic losses whose noise momentum should average"
 
     def __post_init__(self) -> None:
         """Validates the fields."""

@@ -40,6 +40,10 @@ class GMRES(Krylov):
     summary: ClassVar[str] = "generalised minimum residual method: any inner Jacobian, symmetric or not"
     cost: ClassVar[str] = "1 forward, 1 backward with graph, iterations + 1 products; a vector kept an iteration"
     needs: ClassVar[str] = "double backward; an invertible Jacobian of the inner gradient (or damping)"
+    storage: ClassVar[str] = "the gradient's graph, a vector an iteration"
+    purpose: ClassVar[str] = (
+        "inner gradient fields that are no gradient: custom backward passes, and with products='field' a detach()"
+    )
 
     def __post_init__(self) -> None:
         """Validates the fields."""

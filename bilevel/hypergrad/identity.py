@@ -28,6 +28,8 @@ class Identity(Estimator):
     summary: ClassVar[str] = "identity for the inverse Hessian, exact mixed product"
     cost: ClassVar[str] = "1 forward, 1 backward with graph, 1 product"
     needs: ClassVar[str] = "double backward"
+    storage: ClassVar[str] = "the gradient's graph"
+    purpose: ClassVar[str] = "large models trained a step or a few per outer step; a direction, not a length"
 
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`. Nothing is computed until the pullback."""

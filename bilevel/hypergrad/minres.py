@@ -37,6 +37,10 @@ class MINRES(Krylov):
     summary: ClassVar[str] = "minimum residual method: a symmetric inner Hessian, definite or not"
     cost: ClassVar[str] = "1 forward, 1 backward with graph, iterations + 1 products"
     needs: ClassVar[str] = "double backward; a symmetric Hessian without null space (or damping)"
+    storage: ClassVar[str] = "the gradient's graph, 7 vectors"
+    purpose: ClassVar[str] = (
+        "symmetric but indefinite curvature: an inner problem at a saddle, or not yet at its minimum"
+    )
     refuses_gauss_newton: ClassVar[str] = (
         "the Gauss–Newton curvature is positive semi-definite by construction, and MINRES is for indefinite ones; use "
         "ConjugateGradient, whose error is smaller after as many products"

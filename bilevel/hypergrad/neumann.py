@@ -47,6 +47,8 @@ class Neumann(Preconditioned):
     summary: ClassVar[str] = "truncated Neumann series for the inverse Hessian"
     cost: ClassVar[str] = "1 forward, 1 backward with graph, terms + 1 products (auto: 8 more, once)"
     needs: ClassVar[str] = "double backward; a positive definite Hessian; 0 < step_size < 2/λmax"
+    storage: ClassVar[str] = "the gradient's graph, 3 vectors"
+    purpose: ClassVar[str] = "a few terms where the curvature is well conditioned, or warm-started across outer steps"
 
     def __post_init__(self) -> None:
         """Validates the fields."""

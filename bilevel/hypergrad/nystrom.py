@@ -40,6 +40,10 @@ class Nystrom(Implicit):
     summary: ClassVar[str] = "randomised low-rank approximation of the inner Hessian, inverted with damping"
     cost: ClassVar[str] = "1 forward, 1 backward with graph, rank + 1 products; rank vectors kept"
     needs: ClassVar[str] = "double backward; a positive semi-definite Hessian with few large eigenvalues; damping > 0"
+    storage: ClassVar[str] = "the gradient's graph, 2 × rank vectors"
+    purpose: ClassVar[str] = (
+        "ill-conditioned curvature with few large eigenvalues; one approximation, no iteration to tune"
+    )
 
     def __post_init__(self) -> None:
         """Validates the fields."""

@@ -8,19 +8,57 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from bilevel.errors import ConfigError, unknown_name
+from bilevel.hypergrad.amigo import AmIGO
 from bilevel.hypergrad.base import Estimator
+from bilevel.hypergrad.bome import BOME
 from bilevel.hypergrad.conjugate_gradient import ConjugateGradient
 from bilevel.hypergrad.exact import Exact
+from bilevel.hypergrad.f2sa import F2SA
 from bilevel.hypergrad.finite_difference import FiniteDifference
+from bilevel.hypergrad.fsla import FSLA
+from bilevel.hypergrad.gmres import GMRES
 from bilevel.hypergrad.identity import Identity
+from bilevel.hypergrad.minres import MINRES
 from bilevel.hypergrad.neumann import Neumann
+from bilevel.hypergrad.nystrom import Nystrom
+from bilevel.hypergrad.one_step import OneStep
+from bilevel.hypergrad.pzobo import PZOBO
+from bilevel.hypergrad.sama import SAMA
+from bilevel.hypergrad.soba import SOBA
+from bilevel.hypergrad.stocbio import StocBiO
+from bilevel.hypergrad.ttsa import TTSA
 from bilevel.hypergrad.unrolled import Unrolled
 
 __all__ = ["as_estimator", "available_methods"]
 
 ENTRY_POINT_GROUP = "bilevel.methods"
 
-_BUILT_IN: tuple[type[Estimator], ...] = (FiniteDifference, Identity, Neumann, ConjugateGradient, Exact, Unrolled)
+_BUILT_IN: tuple[type[Estimator], ...] = (
+    # H⁻¹ ≈ I, or one step
+    FiniteDifference,
+    Identity,
+    OneStep,
+    SAMA,
+    # the linear system
+    Neumann,
+    ConjugateGradient,
+    MINRES,
+    GMRES,
+    Nystrom,
+    Exact,
+    # the inner updates
+    Unrolled,
+    PZOBO,
+    # a second inner iterate
+    F2SA,
+    BOME,
+    # one loop
+    SOBA,
+    AmIGO,
+    StocBiO,
+    TTSA,
+    FSLA,
+)
 _ALIASES: Mapping[str, str] = {"cg": "conjugate_gradient", "fd": "finite_difference", "darts": "finite_difference"}
 
 

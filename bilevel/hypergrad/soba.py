@@ -31,6 +31,8 @@ class SOBA(Stochastic):
     summary: ClassVar[str] = "one warm-started step on the linear system a call, after the product (single loop)"
     cost: ClassVar[str] = "1 forward, 1 backward with graph, 1 product"
     needs: ClassVar[str] = "double backward; a positive definite Hessian; step_size < 2/λmax; state across calls"
+    storage: ClassVar[str] = "the gradient's graph, 1 vector of state"
+    purpose: ClassVar[str] = "stochastic losses, many cheap outer steps: one product each"
 
     @property
     def needs_state(self) -> bool:

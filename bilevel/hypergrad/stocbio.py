@@ -33,6 +33,8 @@ class StocBiO(Stochastic):
     summary: ClassVar[str] = "truncated Neumann series, each product on a fresh batch"
     cost: ClassVar[str] = "1 forward, 1 backward with graph for each batch, terms + 1 products"
     needs: ClassVar[str] = "double backward; a positive definite Hessian; step_size < 2/λmax"
+    storage: ClassVar[str] = "a batch's gradient graph, 2 vectors"
+    purpose: ClassVar[str] = "stochastic losses with a well solved inner problem; no state"
 
     def __post_init__(self) -> None:
         """Validates the fields."""

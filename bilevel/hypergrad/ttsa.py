@@ -42,6 +42,8 @@ class TTSA(Stochastic):
     summary: ClassVar[str] = "one random term of the Neumann series, right on average"
     cost: ClassVar[str] = "1 forward, 1 backward with graph for each batch, on average (terms + 1) / 2 products"
     needs: ClassVar[str] = "double backward; a positive definite Hessian; step_size < 2/λmax; state across calls"
+    storage: ClassVar[str] = "a batch's gradient graph, 2 vectors"
+    purpose: ClassVar[str] = "stochastic losses where an unbiased truncated series is wanted; noisy"
 
     def __post_init__(self) -> None:
         """Validates the fields."""

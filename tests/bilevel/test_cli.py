@@ -372,14 +372,24 @@ def test_check_can_train_first(bilevel: Callable[..., Run], recipe: Callable[...
 
 
 def test_methods_lists_every_method_with_its_fields_within_80_columns(bilevel: Callable[..., Run]) -> None:
-    run = bilevel("methods")
-    assert run.code == 0
-    assert max(map(len, run.out.splitlines())) <= 80
+    every = bilevel("methods")
+    assert every.code == 0
+    assert max(map(len, every.out.splitlines())) <= 80
     for name, cls in available_methods().items():
-        assert name in run.out
+        assert name in every.out
+        run = bilevel("methods", name)
+        assert max(map(len, run.out.splitlines())) <= 80
         for key, value in cls().describe().items():
             if key != "method":
                 assert f"{key} = {value!r}" in run.out
+        assert "\n" in run.out
+        for text in (cls.purpose, cls.cost, cls.storage, cls.needs):
+            assert text
+            assert text.split()[0] in run.out
+    assert "conjugate_gradient" in bilevel("methods", "cg").out
+    wrong = bilevel("methods", "conjugate_gradent")
+    assert wrong.code == 2
+    assert "did you mean 'conjugate_gradient'?" in wrong.err.replace("\n", " ")
 
 
 def test_methods_as_json_can_be_fed_back(bilevel: Callable[..., Run]) -> None:
