@@ -15,6 +15,7 @@ from bilevel.errors import BilevelError, ConfigError
 from bilevel.functional import Objective, PassCount
 from bilevel.hypergrad import Estimator, InnerProblem
 from bilevel.hypergrad.function import Loss, function_objective, outer_gradients, variables
+from bilevel.problems.losses import NestedLosses
 from bilevel.randomness import Replay, capture, generator_devices, preserved
 from bilevel.references import (
     TOLERATED_DIFFERENCE,
@@ -168,7 +169,7 @@ def compare_engine(engine: Engine, batches: Mapping[str, Any] | None, reference:
 
 
 def _nested(engine: Engine, outer: str, batches: Mapping[str, Any], precision: Precision) -> Nested:
-    losses = engine_losses(engine, outer, batches)
+    losses = engine.losses(outer, batches)
     _draw_in_order(engine, outer, losses)
     levels = tuple(
         Level(
@@ -176,62 +177,24 @@ def _nested(engine: Engine, outer: str, batches: Mapping[str, Any], precision: P
             PreciseObjective(objective, precision),
             precision.leaves(engine.problems[name].parameters),
             engine.problems[name].parameter_names,
-            above,
+            losses.above[name],
         )
-        for name, (objective, above) in losses.inner.items()
+        for name, objective in losses.inner.items()
     )
     problem = engine.problems[outer]
-    return Nested(
-        outer,
-        PreciseObjective(losses.outer, precision),
-        precision.leaves(problem.parameters),
-        problem.parameter_names,
-        levels,
-    )
+    objective = PreciseObjective(losses.outer, precision)
+    return Nested(outer, objective, precision.leaves(problem.parameters), problem.parameter_names, levels)
 
 
-def _draw_in_order(engine: Engine, outer: str, losses: EngineLosses) -> None:
+def _draw_in_order(engine: Engine, outer: str, losses: NestedLosses) -> None:
     """Takes every loss once, the outer one first, as the engine does: later passes replay what they drew."""
     live = {name: engine.problems[name].parameters for name in (outer, *losses.inner)}
     below = tuple(part for name in losses.inner for part in live[name])
     with preserved(generator_devices(below + live[outer])):
         losses.outer.within(below, live[outer], lambda evaluate: evaluate())
-        for name, (objective, above) in losses.inner.items():
-            others = tuple(part for other in above for part in live[other])
+        for name, objective in losses.inner.items():
+            others = tuple(part for other in losses.above[name] for part in live[other])
             objective.within(live[name], others, lambda evaluate: evaluate())
-
-
-@dataclass(frozen=True)
-class EngineLosses:
-    outer: Objective
-    inner: dict[str, tuple[Objective, tuple[str, ...]]]
-
-
-def engine_losses(engine: Engine, outer: str, batches: Mapping[str, Any]) -> EngineLosses:
-    from bilevel.feed import Feed
-    from bilevel.functional import ModuleObjective
-    from bilevel.problems.differentiate import InnerRecord
-
-    differentiator, problems = engine._differentiator, engine.problems
-    feed = Feed(engine.streams, batches)
-    inner = [name for name in engine.dependencies.inner if differentiator._affects(name, outer, engine.dependencies)]
-    live = {name: problems[name].parameters for name in (outer, *inner)}
-    batch = feed.peek(outer)
-    upper = ModuleObjective(
-        lambda: problems[outer].evaluate_loss(batch)[0],
-        engine._slots,
-        tuple(part for name in inner for part in live[name]),
-        live[outer],
-        f"problem {outer!r}",
-        Replay(differentiator.devices),
-        PassCount(),
-    )
-    lower = {}
-    for name in inner:
-        others = [other for other in engine.dependencies.responds_to(name) if other in live]
-        record = engine._records.get(name) or InnerRecord([feed.peek(name)])
-        lower[name] = (differentiator.inner_problem(name, others, record).objective, tuple(others))
-    return EngineLosses(upper, lower)
 
 
 def _total(

@@ -34,6 +34,7 @@ from bilevel.optim import update_of
 from bilevel.problems import Dependencies, Problem, discover
 from bilevel.problems.differentiate import Differentiator, InnerRecord, LossGradient, RecordedUpdate
 from bilevel.problems.graph import check_ownership
+from bilevel.problems.losses import NestedLosses, nested_losses
 from bilevel.randomness import capture, preserved
 from bilevel.result import Hypergradient, SolveInfo, StepResult
 from bilevel.settings import EngineConfig
@@ -251,6 +252,15 @@ class Engine:
             info=infos[0] if len(infos) == 1 else _worst(infos),
             value=float(result.value),
             state=dict(result.states),
+        )
+
+    def losses(self, problem: str, batches: Mapping[str, Any] | None = None) -> NestedLosses:
+        """Returns the losses of :meth:`hypergradient` as pure functions of tensors, on the batches that it takes."""
+        feed = Feed(self.streams, batches)
+        batch = feed.peek(problem)
+        records = {n: self._records.get(n) or InnerRecord([feed.peek(n)]) for n in self.dependencies.inner}
+        return nested_losses(
+            self.problems, self._slots, self._differentiator, self.dependencies, problem, batch, records
         )
 
     def evaluate(self) -> dict[str, float]:

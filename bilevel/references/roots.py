@@ -26,6 +26,7 @@ DENSE_DIMENSION = 2_000
 """Above it, systems with J are solved by GMRES on products by differences."""
 
 _CLOSE = 1e-3
+_PATIENCE = 10
 _LARGEST_STEP = 1e-8
 
 
@@ -112,8 +113,13 @@ class RootSolver:
     def _newton(self, current: GradientField) -> GradientField | None:
         probe = hidden(current)
         by_differences = probe.size > TOLERATED_DIFFERENCE and not probe.at_a_kink
-        shift = 0.0
-        for _ in range(40):
+        shift, best, best_at = 0.0, math.inf, 0
+        for count in range(60):
+            size = float(current.value.norm())
+            if size < 0.9 * best:
+                best, best_at = size, count
+            if count - best_at > _PATIENCE:
+                return None
             dense = DenseField(current, by_differences=by_differences)
             low, high = float(dense.eigenvalues[0]), float(dense.eigenvalues.abs().max())
             if not math.isfinite(high):

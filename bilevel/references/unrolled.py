@@ -116,7 +116,7 @@ def _run(start: GradientField, pace: _Pace) -> _Descent | None:
     w = before = start.point
     largest = 1 / pace.size
     first = best = float(start.value.norm())
-    best_at, momentum = 0, 1.0
+    best_at, momentum, earlier = 0, 1.0, math.inf
     for count in range(LARGEST_NUM_STEPS):
         y = w + (pace.momentum * momentum) * (w - before)
         g = start.at(y)
@@ -127,8 +127,11 @@ def _run(start: GradientField, pace: _Pace) -> _Descent | None:
         # At rounding: below what one digit of w makes of g, or no longer falling.
         if size <= floor or (count - best_at > 500 and best <= 1e-7 * first):
             return _arrived(start, y, pace, count, converged=True)
-        if count - best_at > _PATIENCE:
+        hopeless = count % _GLANCE == 0 and _hopeless(earlier, best, floor, count)
+        if hopeless or count - best_at > _PATIENCE:
             return None
+        if count % _GLANCE == 0:
+            earlier = best
         if size < 0.99 * best:
             best, best_at = size, count
         before, w = w, y - pace.size * g
