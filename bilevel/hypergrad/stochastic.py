@@ -217,6 +217,7 @@ class Batches:
         state: State,
         *,
         iterations: int,
+        always: State | None = None,
         value: Tensors | None = None,
         contracts: bool = False,
         stepped: bool = True,
@@ -229,6 +230,7 @@ class Batches:
             answer: The last product.
             state: For the next call; dropped where the iteration diverges, so that the next call starts afresh.
             iterations: Steps that led to q.
+            always: What the next call wants in any case.
             value: What to return instead of ``−mixed``.
             contracts: Whether they started at zero, so that on one batch a residual above ‖v‖ proves divergence.
             stepped: Whether they had the length ρ.
@@ -250,7 +252,7 @@ class Batches:
             method=self._estimator.name,
             message="; ".join(part for part in (message, reason) if part),
         )
-        return Pullback(value, info, {} if status is Status.DIVERGED else state)
+        return Pullback(value, info, {**({} if status is Status.DIVERGED else state), **(always or {})})
 
     def _body(self, products: Products, body: Callable[[Products], T]) -> T:
         result = body(products)

@@ -76,7 +76,8 @@ class TTSA(Stochastic):
         answer = batches.answer(self.terms - 1, scale(self.terms * self.step_size, r), v)
         return batches.pullback(
             answer,
-            {GENERATOR: (generator.get_state(),)},
+            {},
             iterations=power,
+            always={GENERATOR: (generator.get_state(),)},
             message=f"drew power {power} of 0 to {self.terms - 1}",
         )

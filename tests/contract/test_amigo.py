@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bilevel import Estimator, Hypergradient, Status, hypergradient
 from bilevel.errors import ConfigError
-from bilevel.hypergrad import State
+from bilevel.hypergrad import State, as_estimator
 from bilevel.hypergrad.amigo import AmIGO
 from tests.bilevel.strategies import logarithmic, make_quadratic, quadratics, spectrum_matrix
 from tests.contract.contract import DOUBLE, EstimatorContract, Sample, forall, operator_norm, status_of
@@ -49,9 +49,7 @@ class TestAmIGO(EstimatorContract):
         return estimator.calls, estimator.calls * (1 + result.info.products)
 
     def test_is_its_own_configuration(self) -> None:
-        fields = self.default.method.describe()
-        assert fields.pop("method") == "amigo"
-        assert AmIGO(**fields) == self.default.method
+        assert as_estimator(self.default.method.describe()) == self.default.method
 
 
 class TestAmIGOWithConjugateGradients(EstimatorContract):
@@ -82,8 +80,7 @@ class TestAmIGOWithConjugateGradients(EstimatorContract):
         return 1, 1 + result.info.products
 
     def test_is_its_own_configuration(self) -> None:
-        fields = self.default.method.describe()
-        assert AmIGO(**{key: value for key, value in fields.items() if key != "method"}) == self.default.method
+        assert as_estimator(self.default.method.describe()) == self.default.method
 
 
 @forall(

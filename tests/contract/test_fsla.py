@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import Estimator, Hypergradient, hypergradient
 from bilevel.errors import ConfigError
-from bilevel.hypergrad import State
+from bilevel.hypergrad import State, as_estimator
 from bilevel.hypergrad.fsla import FSLA
 from tests.bilevel.strategies import logarithmic, quadratics
 from tests.contract.contract import DOUBLE, EstimatorContract, Sample, forall, operator_norm
@@ -57,9 +57,7 @@ class TestFSLA(EstimatorContract):
         return estimator.calls + again, 3 * estimator.calls + 2 * again
 
     def test_is_its_own_configuration(self) -> None:
-        fields = self.default.method.describe()
-        assert fields.pop("method") == "fsla"
-        assert FSLA(**fields) == self.default.method
+        assert as_estimator(self.default.method.describe()) == self.default.method
 
 
 @forall(40, number=st.integers(0, 2**31), size=st.integers(1, 5), momentum=st.floats(0.05, 1.0))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel import Estimator, Hypergradient, Status, hypergradient
-from bilevel.hypergrad import State
+from bilevel.hypergrad import State, as_estimator
 from bilevel.hypergrad.soba import SOBA
 from tests.bilevel.strategies import logarithmic, make_quadratic, quadratics, samples
 from tests.contract.contract import DOUBLE, EstimatorContract, Sample, forall, operator_norm
@@ -52,10 +52,7 @@ class TestSOBA(EstimatorContract):
         return estimator.calls, 2 * estimator.calls
 
     def test_is_its_own_configuration(self) -> None:
-        method = self.default.method
-        fields = method.describe()
-        assert fields.pop("method") == "soba"
-        assert SOBA(**fields) == method
+        assert as_estimator(self.default.method.describe()) == self.default.method
 
 
 @forall(60, sample=samples(max_condition=1e4), share=st.floats(0.05, 1.95), number=st.integers(0, 2**31))

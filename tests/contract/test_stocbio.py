@@ -41,11 +41,6 @@ class TestStocBiO(EstimatorContract):
         assert result.info.products == estimator.terms + 1
         return 1, 2 + estimator.terms
 
-    def test_is_its_own_configuration(self) -> None:
-        fields = self.default.describe()
-        assert fields.pop("method") == "stocbio"
-        assert StocBiO(**fields) == self.default
-
 
 @forall(
     40,

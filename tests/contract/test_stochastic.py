@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bilevel import Engine, EngineConfig, Problem, Status, hypergradient
 from bilevel.errors import ConfigError
+from bilevel.hypergrad import as_estimator, available_methods
 from bilevel.hypergrad.amigo import AmIGO
 from bilevel.hypergrad.fsla import FSLA
 from bilevel.hypergrad.soba import SOBA
@@ -127,6 +128,23 @@ def test_an_outer_loss_that_turns_flat_lets_the_solution_decay(method: Stochasti
         if "solution" in state:
             assert float(pulled.state["solution"][0].norm()) <= float(state["solution"][0].norm())
         state = pulled.state
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_cotangent_that_is_not_finite_is_a_failed_solve(method: Stochastic, value: float) -> None:
+    # A start at zero must not swallow it.
+    response = method.respond(finite_sum(1, 3, 2, 4).problem([0]))
+    pulled = response.pullback((torch.tensor([1.0, value, 2.0], dtype=DOUBLE),), {})
+    assert pulled.info.status is Status.DIVERGED
+    assert not pulled.info.residual < 1
+    assert set(pulled.state) <= {"generator"}  # draws go on, solutions start afresh
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_is_selected_by_name(method: Stochastic) -> None:
+    assert as_estimator(method.describe()) == method
+    assert available_methods()[method.name] is type(method)
 
 
 @pytest.mark.parametrize("kind", KINDS)
