@@ -46,8 +46,9 @@ class Probe:
     ) -> None:
         """Takes a direction and its product in, with their norms and what :meth:`crossed` returned."""
         self.largest = max(self.largest, size / length)
-        if self._before is not None and crossed:
-            self._asymmetry = max(self._asymmetry, abs(crossed[0]) / (length * self._before[2]))
+        both = 0.0 if self._before is None else length * self._before[2]
+        if crossed and both > 0.0:
+            self._asymmetry = max(self._asymmetry, abs(crossed[0]) / both)
         self._before = direction, product, length
 
     def look(self, direction: Tensors, product: Tensors) -> None:
