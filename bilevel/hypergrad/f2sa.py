@@ -47,6 +47,18 @@ class F2SA(Penalty):
 
     Raises:
         ConfigError: A field out of range, or no state.
+
+    Example:
+        The inner minimum of ``(w − λ)²/2`` is ``w = λ``, so that ``F = w²/2`` has the hypergradient λ, which y, ``v/σ``
+        below w, gives as ``σ (λ − y)``:
+
+        >>> import torch
+        >>> from bilevel import hypergradient
+        >>> lam = torch.tensor(3.0)
+        >>> losses = lambda w, l: (w - l) ** 2 / 2, lambda w, l: w**2 / 2
+        >>> result = hypergradient(*losses, lam.clone(), lam, F2SA(iterations=1, step_size=1.0), state={})
+        >>> result.grad, result.state["auxiliary"]
+        (tensor(3.0000), (tensor(2.7000),))
     """
 
     multiplier: float = 10.0

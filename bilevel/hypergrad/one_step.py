@@ -39,6 +39,16 @@ class OneStep(SingleStep):
 
     Raises:
         ConfigError: A field out of range; ``difference="forward"`` with ``center="new"``; no learning rate.
+
+    Example:
+        The inner minimum of ``(w − λ)²/2`` is ``w = λ``, and of ``F = w²/2`` one step sees η of the hypergradient λ:
+
+        >>> import torch
+        >>> from bilevel import hypergradient
+        >>> lam = torch.tensor(3.0)
+        >>> losses = lambda w, l: (w - l) ** 2 / 2, lambda w, l: w**2 / 2
+        >>> hypergradient(*losses, lam.clone(), lam, OneStep(0.1, difference="forward")).grad
+        tensor(0.3000)
     """
 
     learning_rate: float | None = None
