@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from bilevel import Engine, EngineConfig, FiniteDifference, Identity, Problem
+from bilevel import Engine, EngineConfig, FiniteDifference, Identity
+from tests.bilevel.test_every_method import METHODS, check_resuming, engine
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
@@ -17,32 +16,10 @@ pytestmark = [
 ]
 
 
-class Scale(Problem):
-    def loss(self, batch):
-        return F.cross_entropy(self.network(self(batch[0])), batch[1])
-
-
-class Network(Problem):
-    def loss(self, batch):
-        return F.cross_entropy(self(self.scale(batch[0])), batch[1])
-
-
-def engine(method, dtype=torch.float64, config=None, dropout=0.5) -> Engine:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(32, 4, generator=generator).to("cuda", dtype)
-    y = torch.randint(0, 3, (32,), generator=generator).cuda()
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Dropout(dropout), nn.Linear(64, 3)).to("cuda", dtype)
-    adam = lambda params: torch.optim.Adam(params, lr=0.01)  # noqa: E731
-    outer = Scale(nn.Linear(4, 4, bias=False).to("cuda", dtype), optimizer=adam, data=[(x, y)])
-    inner = Network(network, optimizer=adam, data=[(x, y)], steps=2)
-    return Engine([outer, inner], config or EngineConfig(progress=False), hypergradient=method)
-
-
 def test_the_passes_of_one_derivative_draw_the_same_masks_on_the_gpu():
     grads = []
     for method in (Identity(), FiniteDifference(epsilon=1e-5)):
-        made = engine(method)
+        made = engine(method, device="cuda")
         torch.manual_seed(5)
         made.step()
         torch.manual_seed(9)
@@ -52,25 +29,25 @@ def test_the_passes_of_one_derivative_draw_the_same_masks_on_the_gpu():
     assert (grads[0] - grads[1]).norm() < 1e-7 * grads[0].norm()
 
 
-@pytest.mark.parametrize("method", ["finite_difference", "identity", "neumann", "conjugate_gradient", "unrolled"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_method_gives_on_the_gpu_what_it_gives_on_the_cpu(method):
+    grads = []
+    for device in ("cpu", "cuda"):
+        made = engine(method, dropout=0.0, device=device)
+        for _ in range(3):
+            result = made.step()
+        assert result.skipped is None
+        grads.append(made.problems["scale"].module.weight.detach().cpu())
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_asking_and_resuming_change_nothing_on_the_gpu(method, tmp_path):
-    whole = engine(method)
-    torch.manual_seed(7)
-    losses = [whole.step().losses for _ in range(4)]
-    first = engine(method)
-    torch.manual_seed(7)
-    for _ in range(2):
-        first.step()
-        first.hypergradient()
-    first.save(tmp_path / "state")
-    torch.manual_seed(99)
-    second = engine(method)
-    second.load(tmp_path / "state")
-    assert [second.step().losses for _ in range(2)] == losses[2:]
+    check_resuming(method, tmp_path, "cuda")
 
 
 def test_bfloat16_training_passes_and_float32_products_on_the_gpu():
-    made = engine("identity", torch.float32, EngineConfig(progress=False, precision="bfloat16"))
+    made = engine("identity", torch.float32, EngineConfig(progress=False, precision="bfloat16"), device="cuda")
     seen = []
     made.problems["network"].module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     made.step()
