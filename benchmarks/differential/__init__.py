@@ -1,0 +1,1 @@
+"""Hypergradients beside JAXopt's, on the same problems."""
