@@ -104,6 +104,7 @@ def hypergradcheck(
     or two for every parameter tensor), of some 10 passes each.
 
     Example:
+        >>> import torch
         >>> H = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
         >>> def inner(w, lam):
         ...     return w @ H @ w / 2 - w @ lam

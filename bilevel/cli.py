@@ -259,10 +259,8 @@ def _print_summary(
 
 
 def _defaults(cls: type[Estimator]) -> dict[str, Any]:
-    return {
-        field.name: "required" if field.default is dataclasses.MISSING else field.default
-        for field in dataclasses.fields(cls)
-    }
+    own_first = sorted(dataclasses.fields(cls), key=lambda field: field.kw_only)
+    return {field.name: "required" if field.default is dataclasses.MISSING else field.default for field in own_first}
 
 
 def _describe(cls: type[Estimator]) -> dict[str, Any]:

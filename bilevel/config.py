@@ -102,7 +102,7 @@ def load_config(
     Example:
         >>> config = load_config({"hypergradient": "neumann"}, ["hypergradient.terms=3", "engine.steps=20"])
         >>> config.hypergradient, config.engine.steps
-        (Neumann(terms=3, step_size='auto', damping=0.0), 20)
+        (Neumann(terms=3), 20)
     """
     if not section_class(schema):
         raise ConfigError(f"a configuration's schema must be a dataclass, not {schema!r}")
@@ -124,7 +124,7 @@ def dump_config(config: Any) -> dict[str, Any]:
 
     Example:
         >>> dump_config(RunConfig())["hypergradient"]
-        {'method': 'neumann', 'terms': 10, 'step_size': 'auto', 'damping': 0.0, ...}
+        {'method': 'neumann', 'terms': 10, 'step_size': 'auto', 'damping': 0.0, 'curvature': 'hessian', ...}
     """
     if isinstance(config, type) or not dataclasses.is_dataclass(config):
         raise ConfigError(f"a configuration must be a dataclass object, not {config!r}")

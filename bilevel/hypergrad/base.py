@@ -169,10 +169,17 @@ class Estimator(ABC):
         """Returns the best response of a problem, ready for its pullback."""
 
     def describe(self) -> dict[str, Any]:
-        """Returns the configuration: ``{"method": name, field: value, …}``."""
-        return {"method": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        """Returns the configuration: ``{"method": name, field: value, …}``, the method's own fields first."""
+        own_first = sorted(dataclasses.fields(self), key=lambda field: field.kw_only)
+        return {"method": self.name, **{field.name: getattr(self, field.name) for field in own_first}}
 
-    def __str__(self) -> str:
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Keeps the short ``repr``, which ``dataclass`` would replace by one of all fields."""
+        super().__init_subclass__(**arguments)
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = Estimator.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
         """Names the method and the fields that differ from their defaults."""
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         changed = [f"{field.name}={value!r}" for field, value in values if value != field.default]

@@ -89,7 +89,7 @@ def as_estimator(method: Estimator | str | Mapping[str, Any]) -> Estimator:
         ConfigError: A field's value makes no sense.
 
     Example:
-        >>> print(as_estimator({"method": "neumann", "terms": 3}))
+        >>> as_estimator({"method": "neumann", "terms": 3})
         Neumann(terms=3)
         >>> as_estimator("cg").name
         'conjugate_gradient'

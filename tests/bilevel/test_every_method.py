@@ -39,7 +39,9 @@ def engine(method, dtype=torch.float64, config=None, dropout=0.5, device="cpu") 
 
 
 METHODS = [
-    *available_methods(),
+    *(name for name in available_methods() if name != "minres"),
+    # Unfinished iterations on an indefinite Hessian magnify rounding, which differs between devices.
+    {"method": "minres", "damping": 1.0},
     {"method": "unrolled", "memory": "graph"},
     {"method": "unrolled", "mode": "forward"},
     {"method": "conjugate_gradient", "damping": 1.0, "warm_start": True, "preconditioner": "optimizer"},
