@@ -145,6 +145,28 @@ def test_differences_see_the_same_dropout_masks_and_leave_batch_norm_alone(confi
             torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", [OneStep(), OneStep(difference="forward"), SAMA(center="old", difference="exact")])
+def test_the_old_point_comes_with_the_batch_of_its_step(method):
+    # The hypergradient's own batch is another one here, and the outer parameter weighs the loss on it.
+    class Weighted(Classifier):
+        def loss(self, batch):
+            return self.decay.module[0].exp() * F.cross_entropy(self(batch[0]), batch[1])
+
+    def run(method):
+        torch.manual_seed(0)
+        batches = [(x.double(), y) for x, y in data(shuffle=False)]
+        decay = Decay(nn.ParameterList([torch.tensor(-2.0).double()]), optimizer=sgd(0.1), data=batches)
+        module = nn.Linear(4, 3).double()
+        inner = Weighted(module, steps=2, optimizer=sgd(0.3), data=batches, name="classifier")
+        config = EngineConfig(progress=False, hypergradient_batch="fresh")
+        return implicit_parts(Engine([decay, inner], config, hypergradient=method))
+
+    expected = run(Unrolled(steps=1))
+    torch.testing.assert_close(run(method), expected, rtol=1e-8, atol=0)
+    difference = (run(OneStep(center="new")) - expected).abs().max()
+    assert float(difference) > 1e-4  # the other batch, at the other point
+
+
 def passes_of(method, **settings) -> tuple[int, int]:
     """What the method adds to an engine's passes in a step."""
     engine = double(method, **settings)

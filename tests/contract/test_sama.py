@@ -246,6 +246,33 @@ def test_zero_gradients_give_finite_and_right_answers(optimizer: str, difference
     assert ("coordinates with zero gradient apart" in found.info.message) == (difference != "exact")
 
 
+def test_zero_gradients_that_the_outer_parameters_would_change_count() -> None:
+    # f = Σ λᵢ wᵢ at λ = 0 for the last four: g = 0, and yet ∂²f/∂w∂λ is the identity, with ∂u/∂g = η/ε.
+    w, lam = torch.linspace(0.5, 2.0, 8, dtype=DOUBLE), torch.tensor([0.5, -1.0, 1.5, 2.0] + 4 * [0.0], dtype=DOUBLE)
+
+    def inner(w: Tensor, lam: Tensor) -> Tensor:
+        return 1e-8 * (lam[:4].exp() * w[:4].square()).sum() + 1e-8 * w[4:] @ lam[4:]
+
+    settings = {"optimizer": "adam", "learning_rate": 0.1}
+    exact, central = (
+        hypergradient(inner, lambda w, lam: w.square().sum(), w, lam, SAMA(difference=difference, **settings)).grad
+        for difference in ("exact", "central")
+    )
+    torch.testing.assert_close(exact[4:], -0.1 * 2 * w[4:], rtol=1e-9, atol=0)
+    torch.testing.assert_close(central, exact, rtol=1e-5, atol=0)
+
+    def mixed(w: Tensor, lam: Tensor) -> Tensor:
+        return inner(w, lam) + 1e-3 * lam[:4] @ w[:4]
+
+    exact, central = (
+        hypergradient(mixed, lambda w, lam: w.square().sum(), w, lam, SAMA(difference=difference, **settings))
+        for difference in ("exact", "central")
+    )
+    assert "coordinates with zero gradient apart" in central.info.message
+    torch.testing.assert_close(central.grad[4:], -0.1 * 2 * w[4:], rtol=1e-5, atol=0)
+    torch.testing.assert_close(central.grad, exact.grad, rtol=1e-4, atol=0)
+
+
 def test_differences_need_no_double_backward() -> None:
     inner, outer, w, lam = attention_losses()
     settings = {"optimizer": "adam", "learning_rate": 0.1}
