@@ -259,8 +259,7 @@ def _print_summary(
 
 
 def _defaults(cls: type[Estimator]) -> dict[str, Any]:
-    own_first = sorted(dataclasses.fields(cls), key=lambda field: field.kw_only)
-    return {field.name: "required" if field.default is dataclasses.MISSING else field.default for field in own_first}
+    return {name: "required" if default is dataclasses.MISSING else default for name, default in cls.defaults().items()}
 
 
 def _describe(cls: type[Estimator]) -> dict[str, Any]:

@@ -170,8 +170,13 @@ class Estimator(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Returns the configuration: ``{"method": name, field: value, …}``, the method's own fields first."""
-        own_first = sorted(dataclasses.fields(self), key=lambda field: field.kw_only)
-        return {"method": self.name, **{field.name: getattr(self, field.name) for field in own_first}}
+        return {"method": self.name, **{name: getattr(self, name) for name in self.defaults()}}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Returns the fields' defaults, the method's own fields before those that it shares with others."""
+        own_first = sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))
+        return {field.name: field.default for field in own_first}
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Keeps the short ``repr``, which ``dataclass`` would replace by one of all fields."""
@@ -181,8 +186,8 @@ class Estimator(ABC):
 
     def __repr__(self) -> str:
         """Names the method and the fields that differ from their defaults."""
-        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        changed = [f"{field.name}={value!r}" for field, value in values if value != field.default]
+        values = {name: getattr(self, name) for name in self.defaults()}
+        changed = [f"{name}={values[name]!r}" for name, default in self.defaults().items() if values[name] != default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
 
