@@ -33,7 +33,7 @@ class TestFSLA(EstimatorContract):
 
         return st.builds(
             build,
-            calls=st.integers(1, 8),
+            calls=st.integers(1, 5),
             share=st.floats(0.05, 1.95),
             damping=st.just(0.0) | logarithmic(1e-6, 10.0),
             momentum=st.floats(0.01, 1.0),
