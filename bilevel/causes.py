@@ -148,6 +148,8 @@ def _of_the_method(report: HypergradientReport, comparison: Comparison) -> Itera
         yield f"the method takes H⁻¹ = I, while the inner curvature lies between {low:.2e} and {high:.2e}"
     if "unrolled" in names:
         yield "the method differentiates a limited number of steps: more come closer to the solution's derivative"
+    if any(estimator.needs_state for estimator in comparison.estimators):
+        yield "the method continues from its last call, and comes closer from one call to the next"
     damping = max(getattr(estimator, "damping", 0.0) for estimator in comparison.estimators)
     if damping > 0:
         yield f"damping {damping:g} changes the system; the smallest eigenvalue of the inner Hessian is {low:.2e}"
