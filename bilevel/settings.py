@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bilevel.errors import ConfigError
-from bilevel.hypergrad import Estimator
+from bilevel.hypergrad import Estimator, as_estimator
 from bilevel.validation import check_choice, check_integer
 
 __all__ = ["EngineConfig"]
@@ -23,7 +23,7 @@ class EngineConfig:
         num_hypergradient_batches: How many inner batches are averaged in a hypergradient; above 1 they are fresh.
         on_solve_failure: ``"warn"``, ``"raise"``, or ``"fallback"`` to the method ``fallback``, where a solve
             diverges or meets negative curvature.
-        fallback: The method for ``on_solve_failure="fallback"``.
+        fallback: The method for ``on_solve_failure="fallback"``: an estimator, its name, or a mapping.
         on_non_finite: ``"raise"``, or ``"skip"`` the step and count it, where a loss or gradient is NaN or infinite.
             No parameter changes either way.
         precision: ``"float32"``, or ``"bfloat16"`` to run the training passes under autocast; hypergradient products
@@ -47,7 +47,14 @@ class EngineConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Validates the fields, alone and together."""
+        """Validates the fields, alone and together; a fallback's name or mapping becomes the method."""
+        if self.fallback is not None:
+            object.__setattr__(self, "fallback", as_estimator(self.fallback))
+            if self.fallback.needs_trajectory or self.fallback.needs_state:
+                raise ConfigError(
+                    f"EngineConfig.fallback={self.fallback}: a fallback is asked now and then only, and this method needs "
+                    "recorded updates or its last call's state. Use one that solves from scratch, such as 'minres'."
+                )
         check_integer("EngineConfig", "steps", self.steps, minimum=1)
         check_integer("EngineConfig", "seed", self.seed, minimum=0)
         check_integer("EngineConfig", "num_hypergradient_batches", self.num_hypergradient_batches, minimum=1)

@@ -483,9 +483,13 @@ def test_failed_solves_warn_raise_or_fall_back():
         warned.step()  # said once
     with pytest.raises(SolveError, match=r"'inner', step 1: conjugate_gradient: negative curvature.*damping"):
         engine(on_solve_failure="raise").step()
-    with pytest.warns(BilevelWarning):
-        result = engine(on_solve_failure="fallback", fallback=Exact()).step()
-    assert result.solves["inner"].method == "exact"
+    for fallback in (Exact(), "exact", {"method": "exact", "damping": 0.0}):
+        with pytest.warns(BilevelWarning):
+            result = engine(on_solve_failure="fallback", fallback=fallback).step()
+        assert result.solves["inner"].method == "exact"
+    for fallback in ("unrolled", "soba", {"method": "cg", "warm_start": True}):
+        with pytest.raises(ConfigError, match="a fallback is asked now and then only"):
+            EngineConfig(on_solve_failure="fallback", fallback=fallback)
     with pytest.raises(ConfigError, match="go together"):
         EngineConfig(on_solve_failure="fallback")
 
