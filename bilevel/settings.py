@@ -53,7 +53,7 @@ class EngineConfig:
             if self.fallback.needs_trajectory or self.fallback.needs_state:
                 raise ConfigError(
                     f"EngineConfig.fallback={self.fallback}: a fallback is asked now and then only, and this method "
-                    "needs recorded updates or its last call's state. Use one that solves from scratch, such as 'minres'."
+                    "needs recorded updates or its last call's state. Use one that solves from scratch: 'minres', say."
                 )
         check_integer("EngineConfig", "steps", self.steps, minimum=1)
         check_integer("EngineConfig", "seed", self.seed, minimum=0)
