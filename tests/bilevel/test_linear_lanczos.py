@@ -99,6 +99,12 @@ def test_the_lower_bound_is_below_the_smallest_eigenvalue(number: int, size: int
     estimate = estimate_spectrum(operator, operator.split(v), products=k, reorthogonalise=True)
     smallest = float(torch.linalg.eigvalsh(operator.matrix)[0])
     assert estimate.lower_bound() <= smallest + 1e-13
+    if math.isfinite(estimate.lower_bound(0.01)) and not estimate.complete:
+        # theorem 4.2, solved for the probability: 1.648 √n exp(−(2k − 1) √ε) with θ − bound = ε (λmax − bound)
+        bound = estimate.lower_bound(0.01) + estimate.rounding
+        share = (estimate.smallest - bound) / (estimate.largest - bound)
+        failure = 1.648 * math.sqrt(size) * math.exp(-(2 * estimate.products - 1) * math.sqrt(max(0.0, share)))
+        assert failure == pytest.approx(0.01, rel=1e-3)
     assert estimate.lower_bound(1e-6) <= estimate.lower_bound(1e-3) <= estimate.smallest
 
 
