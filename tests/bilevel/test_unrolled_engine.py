@@ -136,15 +136,15 @@ def test_graph_equals_replay_for_every_kind_of_optimiser(optimizer: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_forward_mode_equals_reverse_mode(kind: str, optimizer: str) -> None:
-    for steps in (None, 2):
-        results = [
-            run(make(Unrolled(steps, mode=mode), kind, OPTIMIZERS[optimizer]))[0] for mode in ("reverse", "forward")
-        ]
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "steps"),
+    [*((kind, "sgd", None) for kind in KINDS), *(("dropout", optimizer, 2) for optimizer in OPTIMIZERS)],
+)
+def test_forward_mode_equals_reverse_mode(kind: str, optimizer: str, steps: int | None) -> None:
+    methods = [Unrolled(steps, mode=mode) for mode in ("reverse", "forward")]
+    results = [run(make(method, kind, OPTIMIZERS[optimizer]), 2)[0] for method in methods]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "buffer in the graph"])  # buffers are constants
@@ -216,12 +216,13 @@ def test_a_graph_of_parameters_that_have_changed_since_is_not_used() -> None:
 
         class Top(Problem):
             def loss(self, batch: Any) -> Any:
-                return (self.middle.module.weight - self.low.module.weight).square().sum() + self.module.weight.sum()
+                own: Any = self.module.weight
+                return (self.middle.module.weight - self.low.module.weight).square().sum() + own.sum()
 
         class Middle(Problem):
             def loss(self, batch: Any) -> Any:
-                gap = self.module.weight * self.top.module.weight - 1.0
-                return gap.square().sum() + self.module.weight.square().sum()
+                own: Any = self.module.weight
+                return (own * self.top.module.weight - 1.0).square().sum() + own.square().sum()
 
         class Low(Problem):
             def loss(self, batch: Any) -> Any:
