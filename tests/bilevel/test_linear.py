@@ -206,7 +206,11 @@ def test_neumann_from_a_start_and_with_a_preconditioner(
 
 
 def test_neumann_status_with_a_preconditioner() -> None:
-    # In the P-norm the summands of a convergent series shrink, while their Euclidean norms may grow at first.
+    # In the P-norm the summands of a convergent series shrink, while their Euclidean norms may grow: here by a fifth.
+    H, P = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=DOUBLE), torch.diag(torch.tensor([1.0, 10.0], dtype=DOUBLE))
+    inverse, v = Counted(torch.linalg.inv(P), (2,)), (torch.tensor([math.cos(1.6), math.sin(1.6)], dtype=DOUBLE),)
+    growing = neumann(Counted(H, (2,)), v, terms=1, step_size=0.92, preconditioner=inverse)
+    assert growing.status is Status.STOPPED_AT_CAP
     H = torch.diag(torch.tensor([1.0, 1e-4], dtype=DOUBLE))
     inverse = Counted(torch.linalg.inv(H), (2,))
     v = (torch.tensor([1.0, 1.0], dtype=DOUBLE),)

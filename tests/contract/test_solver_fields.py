@@ -239,6 +239,16 @@ def test_conjugate_gradients_obey_the_bound_of_the_preconditioned_system(
     assert float((pulled.value[0] - implicit_part(sample)).norm()) <= 1.001 * bound + sample.rounding()
 
 
+@forall(20, sample=quadratics(max_condition=1e4), damping=logarithmic(1e-3, 1.0))
+def test_a_nystrom_preconditioner_of_full_rank_is_the_inverse_of_the_damped_hessian(
+    sample: Sample, damping: float
+) -> None:
+    estimator = ConjugateGradient(preconditioner="nystrom", preconditioner_rank=8, rtol=1e-6, damping=damping)
+    pulled, _ = pull(sample, estimator)
+    assert pulled.info.status is Status.CONVERGED
+    assert pulled.info.iterations == 1
+
+
 def test_preconditioners_pay_where_they_fit() -> None:
     # Badly scaled variables for the diagonal; a few large eigenvalues for the low rank.
     scales = 10.0 ** torch.linspace(0, 3, 20, dtype=DOUBLE)
