@@ -74,20 +74,23 @@ def losses(kind, d):
     return network, outer
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "solver", "order"))
+def derivative(d, *, kind, solver, order):
+    """The hypergradient by one solver, or (order 2) the Hessian of the outer objective."""
+    inner, outer = losses(kind, d)
+    # The solution is a constant here: only the implicit function theorem knows how it moves.
+    solution = implicit_diff.custom_root(jax.grad(inner), solve=SOLVERS[solver])(lambda start, lam: d["inner"])
+    grad = jax.grad(lambda lam: outer(solution(None, lam), lam))
+    return (grad if order == 1 else jax.jacrev(grad))(d["outer"])
+
+
 def answers(kind, d):
     """Returns what every solver makes of one problem."""
-    inner, outer = losses(kind, d)
     found = {}
-    for name, solver in SOLVERS.items():
-        # The solution is a constant here: only the implicit function theorem knows how it moves.
-        solution = implicit_diff.custom_root(jax.grad(inner), solve=solver)(lambda start, lam: d["inner"])
-
-        def objective(lam, solution=solution):
-            return outer(solution(None, lam), lam)
-
-        found[name] = {"grad": jax.grad(objective)(d["outer"]).tolist()}
-        if name in ("cg", "lu"):
-            found[name]["hessian"] = jax.jacrev(jax.grad(objective))(d["outer"]).tolist()
+    for solver in SOLVERS:
+        found[solver] = {"grad": derivative(d, kind=kind, solver=solver, order=1).tolist()}
+        if solver in ("cg", "lu"):
+            found[solver]["hessian"] = derivative(d, kind=kind, solver=solver, order=2).tolist()
     return found
 
 
