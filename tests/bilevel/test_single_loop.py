@@ -404,9 +404,22 @@ def test_an_update_changes_nothing_of_the_state_before(name: str) -> None:
     assert new.step == 4
     assert torch.equal(torch.get_rng_state(), random)  # the state's generator is the only one
     assert_equal(method.update(case.problem, state, donate=True), new)
-    run = single_loop(case.problem, *zeros(case), method, 3, state=copy)
-    assert_equal(copy, State.from_dict(clone(copy.as_dict())))
-    assert run.state.step == 6
+    # A run owns neither the state that it is given nor those that a callback has seen.
+    given, seen = State.from_dict(clone(copy.as_dict())), []
+    run = single_loop(
+        case.problem,
+        *zeros(case),
+        method,
+        6,
+        state=given,
+        record=2,
+        callback=lambda state: seen.append((state, State.from_dict(clone(state.as_dict())))),
+    )
+    assert run.state.step == 9
+    assert_equal(given, copy)
+    assert len(seen) == 3
+    for held, then in seen:
+        assert_equal(held, then)
 
 
 def test_the_first_state_is_a_copy_and_the_generator_is_not_advanced() -> None:
@@ -545,8 +558,9 @@ def test_lengths_decay_as_published() -> None:
     assert soba.lengths(0) == (0.3, 0.3, 0.2)
     assert soba.lengths(31) == pytest.approx((0.3 / 4, 0.3 / 4, 0.2 / 8))
     assert saba.lengths(1000) == (0.3, 0.3, 0.2)
-    ttsa = TTSA(inner_step=0.3, linear_step=0.4, outer_step=0.2)
-    assert ttsa.lengths(31) == pytest.approx((0.3 / 4, 0.4, 0.2 / 8))
+    assert TTSA().lengths(31)[1] == 0.1  # the series has a constant step
+    decreasing = TTSA(inner_step=0.3, linear_step=0.4, outer_step=0.2)
+    assert decreasing.lengths(31) == pytest.approx((0.3 / 4, 0.4, 0.2 / 8))
     assert FSLA(inner_step=0.3, outer_step=0.2).lengths(15) == pytest.approx((0.075, 0.075, 0.05))
     estimator = FSLA(momentum=0.8).estimator(15)
     assert isinstance(estimator, fsla.FSLA)
@@ -565,6 +579,16 @@ def test_divergence_is_told_and_the_last_finite_state_returned() -> None:
     assert torch.isfinite(run.inner).all()
     assert "lower inner_step" in run.message
     assert run.iterates[-1].step == run.state.step < 2000
+
+
+def test_a_last_iterate_that_is_not_finite_is_not_returned() -> None:
+    # No loss is evaluated there any more: the iterate itself is looked at.
+    case = quadratic()
+    large = dataclasses.replace(case, c=10 * torch.ones_like(case.c))
+    run = single_loop(large.problem, *zeros(case), SOBA(inner_step=1e308), 1)
+    assert run.status is Status.DIVERGED
+    assert torch.equal(run.inner, torch.zeros(3, dtype=DOUBLE))
+    assert "after step 0 is not finite (seen at step 1)" in run.message
 
 
 def test_failed_linear_solves_are_counted() -> None:
