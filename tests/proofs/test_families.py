@@ -46,7 +46,7 @@ def derivative(function: Any, x: Tensor) -> Tensor:
 any_sample = st.one_of(convex(max_condition=1e6), networks(), stationary_points())
 
 
-@forall(60, sample=any_sample)
+@forall(40, sample=any_sample)
 def test_closed_forms_are_those_of_the_losses(sample: Sample) -> None:
     inner, outer = sample.losses()
     w, lam = sample.inner, sample.outer
@@ -66,7 +66,7 @@ def derivative_of(loss: Any, w: Tensor, lam: Tensor) -> Tensor:
     return g
 
 
-@forall(60, sample=any_sample)
+@forall(40, sample=any_sample)
 def test_the_solution_moves_as_the_implicit_function_theorem_says(sample: Sample) -> None:
     # The two formulas share nothing: one differentiates the closed form of w*, the other never sees it.
     _, outer = sample.losses()
@@ -90,7 +90,7 @@ def test_solving_methods_are_exact_up_to_rounding_at_any_conditioning(sample: Sa
         assert result.info.status is Status.CONVERGED
 
 
-@forall(80, sample=convex(max_condition=1e4), data=st.data())
+@forall(60, sample=convex(max_condition=1e4), data=st.data())
 def test_the_certificate_is_never_below_the_true_error(sample: Sample, data: st.DataObject) -> None:
     # Also where the inner problem is not solved: the distance that is left enters by its gradient.
     size = data.draw(st.just(0.0) | logarithmic(1e-8, 1.0))

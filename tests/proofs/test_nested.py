@@ -24,7 +24,7 @@ def responding(nest: Nest, method: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda y, lam: fit((y, lam))
 
 
-@forall(25, nest=nests(), lowest=st.sampled_from(PRECISE), middle=st.sampled_from(PRECISE))
+@forall(12, nest=nests(), lowest=st.sampled_from(PRECISE), middle=st.sampled_from(PRECISE))
 def test_an_inner_loss_that_calls_a_decorated_solver_has_the_nested_closed_forms_hypergradient(
     nest: Nest, lowest: Any, middle: Any
 ) -> None:
@@ -38,7 +38,7 @@ def test_an_inner_loss_that_calls_a_decorated_solver_has_the_nested_closed_forms
     assert result.info.status in (Status.CONVERGED, Status.STOPPED_AT_CAP)  # the tolerance is below rounding
 
 
-@forall(8, nest=nests(), lowest=st.sampled_from(PRECISE), middle=st.sampled_from(PRECISE))
+@forall(4, nest=nests(), lowest=st.sampled_from(PRECISE), middle=st.sampled_from(PRECISE))
 def test_decorated_solvers_nest(nest: Nest, lowest: Any, middle: Any) -> None:
     respond = responding(nest, lowest)
     choose = argmin(lambda y, lam: nest.middle(y, lam, respond), middle)(nest.middle_solution)
@@ -53,7 +53,7 @@ def test_decorated_solvers_nest(nest: Nest, lowest: Any, middle: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7 * (1 + float(expected.norm())))
 
 
-@forall(12, nest=nests(), method=st.sampled_from(PRECISE))
+@forall(6, nest=nests(), method=st.sampled_from(PRECISE))
 def test_the_middle_hessian_includes_the_curvature_of_the_response(nest: Nest, method: Any) -> None:
     respond = responding(nest, method)
     y = nest.middle_solution(nest.outer)
@@ -88,7 +88,7 @@ def test_the_middle_hessian_includes_the_curvature_of_the_response(nest: Nest, m
     )
 
 
-@forall(12, scale=logarithmic(0.1, 3.0), number=st.integers(0, 2**31))
+@forall(6, scale=logarithmic(0.1, 3.0), number=st.integers(0, 2**31))
 def test_a_nest_that_is_quadratic_nowhere_agrees_with_differentiating_every_solve(scale: float, number: int) -> None:
     # Newton steps of both levels as one autograd graph: shares nothing with the implicit function theorem.
     generator = torch.Generator().manual_seed(number)
