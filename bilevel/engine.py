@@ -29,12 +29,11 @@ from bilevel.errors import (
 from bilevel.feed import Feed
 from bilevel.functional import ParameterSlots, PassCount, buffers_protected
 from bilevel.hypergrad import Estimator, Pullback, State, Unrolled, as_estimator
-from bilevel.hypergrad.inner_updates import InnerUpdates
-from bilevel.optim import update_of
 from bilevel.problems import Dependencies, Problem, discover
 from bilevel.problems.differentiate import Differentiator, InnerRecord, LossGradient, RecordedUpdate
 from bilevel.problems.graph import check_ownership
 from bilevel.problems.losses import NestedLosses, nested_losses
+from bilevel.problems.method_check import check_method
 from bilevel.randomness import capture, preserved
 from bilevel.result import Hypergradient, SolveInfo, StepResult
 from bilevel.settings import EngineConfig
@@ -401,7 +400,7 @@ class Engine:
             dependencies = discover(list(self.problems.values()), self._slots, batches)
         for name in dependencies.inner:
             estimator = self.problems[name].hypergradient or self.hypergradient_method
-            _check_method(self.problems[name], estimator, self.config)
+            check_method(self.problems[name], estimator, self.config.precision)
         self._dependencies = dependencies
 
     def _outer_name(self, name: str | None) -> str:
@@ -457,42 +456,6 @@ def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callback
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigError(f"callbacks must derive from bilevel.callbacks.Callback; got {callback!r}")
-
-
-def _check_method(problem: Problem, estimator: Estimator, config: EngineConfig) -> None:
-    if not estimator.needs_trajectory:
-        return
-    if problem.optimizer is None:
-        raise ConfigError(
-            f"method {estimator.name!r} consumes the updates of problem {problem.name!r}, which has no optimizer"
-        )
-    update_of(problem.optimizer, problem.parameters)
-    if problem.max_grad_norm is not None:
-        raise ConfigError(
-            f"method {estimator.name!r} cannot differentiate through max_grad_norm of problem {problem.name!r}: drop "
-            "one of them"
-        )
-    if estimator.keeps_graph and config.precision != "float32":
-        raise ConfigError(
-            f"method {estimator} keeps the graphs of training passes, which precision={config.precision!r} takes in "
-            "that precision, and products are to be taken in float32 or better: use memory='replay'"
-        )
-    if not isinstance(estimator, InnerUpdates):
-        return
-    kind = type(estimator).__name__
-    if estimator.optimizer != "sgd":
-        raise ConfigError(
-            f"{kind}.optimizer is for gradient steps as a function; in an engine the updates of problem "
-            f"{problem.name!r} are made by its own optimizer, {type(problem.optimizer).__name__}: leave "
-            f"optimizer={estimator.optimizer!r} out"
-        )
-    if estimator.learning_rate is not None:
-        warnings.warn(
-            f"{kind}.learning_rate is not used in an engine: the optimizer of problem {problem.name!r} made the "
-            "updates",
-            BilevelWarning,
-            stacklevel=2,
-        )
 
 
 def _worst(infos: Sequence[SolveInfo]) -> SolveInfo:
