@@ -88,6 +88,11 @@ class SAMA(SingleStep):
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`. Takes the gradient of the step, where no step was recorded."""
         if problem.trajectory:
+            if self.optimizer is not None:
+                raise ConfigError(
+                    "SAMA.optimizer and SAMA.learning_rate are for use as a function: in an engine the inner problem's "
+                    "own optimizer made the step. Leave them out."
+                )
             return SingleStepResponse(self, problem, problem.trajectory[-1], problem.inner)
         if self.optimizer is None or self.learning_rate is None:
             raise ConfigError(

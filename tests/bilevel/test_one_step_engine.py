@@ -344,9 +344,7 @@ def test_a_step_must_have_been_made():
         with pytest.raises(ConfigError, match="take a step first"):
             make(method).hypergradient()
     assert torch.isfinite(make(OneStep(0.1, center="new")).hypergradient().grad["0"])
-    with pytest.raises(
-        ConfigError, match=r"SAMA\.optimizer is for gradient steps as a function.*made by its own optimizer"
-    ):
+    with pytest.raises(ConfigError, match=r"SAMA\.optimizer is for gradient steps as a function.*by its own"):
         make(SAMA(optimizer="adam", learning_rate=0.1))
 
 
