@@ -21,8 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bilevel.check import hypergradcheck
-from bilevel.comparison import REFERENCES
+from bilevel.check import REFERENCES, hypergradcheck
 from bilevel.config import RunConfig, dump_config, load_config
 from bilevel.engine import Engine
 from bilevel.errors import BilevelError, ConfigError

@@ -47,7 +47,8 @@ _REMEDIES = {
     Status.DIVERGED: "lower step_size below 2 / (largest Hessian eigenvalue) or use 'auto'; if the inner loss is not "
     "convex here, use conjugate_gradient with damping",
     Status.NOT_SYMMETRIC: "a custom backward pass in the inner loss makes its gradient a field without a symmetric "
-    "Jacobian: use 'neumann' or 'exact', which need no symmetry, and see hypergradcheck",
+    "Jacobian: use 'gmres' or 'exact', which need no symmetry (with products='field' where a detach() hides it from "
+    "autograd), and see hypergradcheck",
     Status.INACCURATE: "rounding swallows the displacement: raise epsilon, or hold the inner parameters in float32 or "
     "better",
     Status.NOT_APPLICABLE: "",

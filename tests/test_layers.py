@@ -16,16 +16,15 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from layers below its own and from its own package, never sideways or upward.
 LAYERS = (
     ("errors", "precision", "randomness", "result", "vector"),
-    ("checkpoint", "data", "double_backward", "hooks", "optim", "report", "sources", "structure", "validation"),
+    ("checkpoint", "data", "double_backward", "hooks", "optim", "sources", "structure", "validation"),
     ("engine_state", "feed", "functional"),
-    ("distributed", "linear", "products", "references"),
-    ("diagnosis", "hypergrad"),
+    ("distributed", "linear", "products"),
+    ("hypergrad",),
     ("implicit_function", "single_loop"),
     ("argmin", "callbacks", "problems", "schema", "settings"),
     ("config", "snapshot"),
     ("engine",),
-    ("comparison", "recipe"),
-    ("causes",),
+    ("recipe",),
     ("check", "interop"),
     ("cli",),
 )

@@ -202,7 +202,7 @@ class Differentiator:
             states: Estimator states by inner problem.
             on_solve: Sees every product, with a way to take it again by another method, and returns the one to use.
         """
-        inner = [name for name in dependencies.inner if self._affects(name, problem.name, dependencies)]
+        inner = [name for name in dependencies.inner if self.affects(name, problem.name, dependencies)]
         names = [problem.name, *inner]
         inputs = tuple(p for name in names for p in self._problems[name].parameters)
         value, metrics, grads = self._gradients(problem, batch, inputs)
@@ -227,7 +227,7 @@ class Differentiator:
                 cotangents[other] = add(cotangents[other], part)
         return LossGradient(value, metrics, cotangents[problem.name], direct, solves, new_states)
 
-    def _affects(self, name: str, outer: str, dependencies: Dependencies) -> bool:
+    def affects(self, name: str, outer: str, dependencies: Dependencies) -> bool:
         """Whether an inner problem responds to an outer one, directly or through other inner problems."""
         seen, stack = set(), [name]
         while stack:

@@ -50,7 +50,7 @@ def nested_losses(
         batch: Its batch.
         records: What to take the inner losses on.
     """
-    names = [name for name in dependencies.inner if differentiator._affects(name, outer, dependencies)]
+    names = [name for name in dependencies.inner if differentiator.affects(name, outer, dependencies)]
     objective = ModuleObjective(
         lambda: problems[outer].evaluate_loss(batch)[0],
         slots,

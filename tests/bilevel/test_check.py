@@ -350,7 +350,7 @@ def test_bad_arguments(
 
 
 def test_too_many_inner_variables_are_refused() -> None:
-    with mock.patch("bilevel.references.exact.LARGEST_DIMENSION", 10), pytest.raises(ConfigError) as caught:
+    with mock.patch("bilevel.check.references.exact.LARGEST_DIMENSION", 10), pytest.raises(ConfigError) as caught:
         hypergradcheck(*classification(), "cg")
     assert re.search(r"18 inner variables are more than its limit of 10.*smaller model", str(caught.value))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bilevel import ConjugateGradient, Exact, Neumann
 from bilevel.check import HypergradientReport, hypergradcheck
-from bilevel.diagnosis import reduced_precision
+from bilevel.check.diagnosis import reduced_precision
 from bilevel.errors import HypergradientCheckError
 from bilevel.hypergrad import available_methods
 from tests.bilevel.strategies import DOUBLE

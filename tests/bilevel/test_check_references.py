@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from bilevel import ConjugateGradient, Engine, EngineConfig, Exact, Problem, Unrolled, hypergradient
 from bilevel.check import HypergradientReport, hypergradcheck
+from bilevel.check.references.central_difference import ridders
+from bilevel.check.references.field import ritz_values
+from bilevel.check.references.roots import gmres
 from bilevel.errors import ConfigError, NonFiniteError, ParameterError
 from bilevel.hypergrad import Estimator, InnerProblem, Pullback, Response, State
-from bilevel.references.central_difference import ridders
-from bilevel.references.field import ritz_values
-from bilevel.references.roots import gmres
 from tests.bilevel.strategies import DOUBLE, Sample, forall, make_ridge, samples
 
 REFERENCES = ("exact", "unrolled", "central_difference")
@@ -87,9 +87,9 @@ def test_all_references_agree_to_what_they_state(sample: Sample) -> None:
 def test_a_reference_that_is_cut_short_states_what_it_lost(sample: Sample) -> None:
     short = functools.partial(ridders, halvings=2)
     with (
-        mock.patch("bilevel.references.central_difference.ridders", short),
-        mock.patch("bilevel.references.central_difference._FIRST_STEP", 0.3),
-        mock.patch("bilevel.references.unrolled._SMALL", 1e-4),
+        mock.patch("bilevel.check.references.central_difference.ridders", short),
+        mock.patch("bilevel.check.references.central_difference._FIRST_STEP", 0.3),
+        mock.patch("bilevel.check.references.unrolled._SMALL", 1e-4),
     ):
         for reference in REFERENCES[1:]:
             report = hypergradcheck(*sample.losses(), sample.inner, sample.outer, "exact", reference=reference)
@@ -243,7 +243,7 @@ def test_an_ill_conditioned_inner_problem_is_not_unrolled_to_the_end() -> None:
     H = torch.tensor([1.0, 1e-9], dtype=DOUBLE)
     losses = (lambda w, lam: (H * w.square()).sum() / 2 - lam @ w), (lambda w, lam: w.sum())
     w, lam = torch.zeros(2, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE)
-    with mock.patch("bilevel.references.unrolled.LARGEST_NUM_STEPS", 200):
+    with mock.patch("bilevel.check.references.unrolled.LARGEST_NUM_STEPS", 200):
         report = hypergradcheck(*losses, w, lam, "exact", reference="unrolled")
     assert report.verdict == "UNDECIDED"
     assert "has not come to an end" in report.reference_failure
@@ -253,9 +253,9 @@ def test_an_ill_conditioned_inner_problem_is_not_unrolled_to_the_end() -> None:
 def test_many_inner_variables_need_no_dense_jacobian() -> None:
     expected = {reference: hypergradcheck(*many(), "exact", reference=reference) for reference in REFERENCES[1:]}
     with (
-        mock.patch("bilevel.comparison.DENSE_DIMENSION", 2),
-        mock.patch("bilevel.references.roots.DENSE_DIMENSION", 2),
-        mock.patch("bilevel.references.exact.torch.linalg.lu_factor", side_effect=AssertionError),
+        mock.patch("bilevel.check.comparison.DENSE_DIMENSION", 2),
+        mock.patch("bilevel.check.references.roots.DENSE_DIMENSION", 2),
+        mock.patch("bilevel.check.references.exact.torch.linalg.lu_factor", side_effect=AssertionError),
     ):
         for reference, dense in expected.items():
             report = hypergradcheck(*many(), "cg", reference=reference)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.check.references.base import Nested, ReferenceValue, outer_gradients
+from bilevel.check.references.field import flat, normal
+from bilevel.check.references.roots import Root, RootSolver
 from bilevel.functional import leaves
-from bilevel.references.base import Nested, ReferenceValue, outer_gradients
-from bilevel.references.field import flat, normal
-from bilevel.references.roots import Root, RootSolver
 from bilevel.vector import Tensors
 
 __all__ = ["central_difference", "ridders"]
@@ -31,7 +31,7 @@ def central_difference(nested: Nested, found: Tensors) -> ReferenceValue:
     """Returns ``(F̂(λ + h d) − F̂(λ − h d)) / 2h`` along directions d, where ``F̂(λ) = F(w*(λ), λ)``.
 
     For every value of λ the inner problems are solved again, to rounding, by root finding in the field that the inner
-    optimiser follows (:class:`~bilevel.references.roots.RootSolver`). No second derivative and no formula for the
+    optimiser follows (:class:`~bilevel.check.references.roots.RootSolver`). No second derivative and no formula for the
     hypergradient enters. Steps are halved and extrapolated to zero until the error, as the extrapolation estimates it,
     no longer falls (:func:`ridders`).
 

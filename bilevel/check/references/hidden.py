@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.check.references.field import GradientField, Pull, normal
 from bilevel.errors import LossError
-from bilevel.references.field import GradientField, Pull, normal
 
 __all__ = ["TOLERATED_DIFFERENCE", "Hidden", "hidden"]
 

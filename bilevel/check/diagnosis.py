@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.check.references import DenseField, GradientField, Hidden, Nested, hidden
+from bilevel.check.references.base import outer_gradients
+from bilevel.check.references.field import flat, like, normal, ritz_values
 from bilevel.errors import LossError
 from bilevel.functional import Evaluate, Objective, derivatives, leaves
-from bilevel.references import DenseField, GradientField, Hidden, Nested, hidden
-from bilevel.references.base import outer_gradients
-from bilevel.references.field import flat, like, normal, ritz_values
 from bilevel.vector import Tensors
 
 __all__ = ["Diagnosis", "LevelDiagnosis", "Noise", "diagnose", "foreign_generators_preserved", "reduced_precision"]
@@ -311,7 +311,7 @@ def reduced_precision(tensors: Sequence[Tensor], nodes: frozenset[str]) -> tuple
 
     Args:
         tensors: All parameters.
-        nodes: The operations of the losses (:attr:`~bilevel.references.GradientField.nodes`).
+        nodes: The operations of the losses (:attr:`~bilevel.check.references.GradientField.nodes`).
     """
     half = {part.dtype for part in tensors} & {torch.float16, torch.bfloat16}
     found = [f"parameters in {str(dtype).removeprefix('torch.')}" for dtype in sorted(half, key=str)]

@@ -12,10 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bilevel.check.references.base import Level, Nested, ReferenceValue, accumulate
+from bilevel.check.references.field import GradientField, flat, like
+from bilevel.check.references.hidden import TOLERATED_DIFFERENCE, Hidden, hidden
 from bilevel.errors import ConfigError
-from bilevel.references.base import Level, Nested, ReferenceValue, accumulate
-from bilevel.references.field import GradientField, flat, like
-from bilevel.references.hidden import TOLERATED_DIFFERENCE, Hidden, hidden
 from bilevel.vector import Tensors
 
 __all__ = ["DenseField", "dense_fields", "exact"]

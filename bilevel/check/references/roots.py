@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bilevel.check.references.exact import DenseField
+from bilevel.check.references.field import GradientField
+from bilevel.check.references.hidden import TOLERATED_DIFFERENCE, hidden
 from bilevel.functional import Objective
-from bilevel.references.exact import DenseField
-from bilevel.references.field import GradientField
-from bilevel.references.hidden import TOLERATED_DIFFERENCE, hidden
 from bilevel.vector import Tensors
 
 __all__ = ["Root", "RootSolver"]

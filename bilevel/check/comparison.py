@@ -9,15 +9,8 @@ from typing import Any
 
 import torch
 
-from bilevel.diagnosis import Diagnosis, diagnose, foreign_generators_preserved, reduced_precision
-from bilevel.engine import Engine
-from bilevel.errors import BilevelError, ConfigError
-from bilevel.functional import Objective, PassCount
-from bilevel.hypergrad import Estimator, InnerProblem
-from bilevel.hypergrad.function import Loss, function_objective, outer_gradients, variables
-from bilevel.problems.losses import NestedLosses
-from bilevel.randomness import Replay, capture, generator_devices, preserved
-from bilevel.references import (
+from bilevel.check.diagnosis import Diagnosis, diagnose, foreign_generators_preserved, reduced_precision
+from bilevel.check.references import (
     TOLERATED_DIFFERENCE,
     DenseField,
     GradientField,
@@ -31,7 +24,14 @@ from bilevel.references import (
     exact,
     unrolled,
 )
-from bilevel.report import dtype_name
+from bilevel.check.report import dtype_name
+from bilevel.engine import Engine
+from bilevel.errors import BilevelError, ConfigError
+from bilevel.functional import Objective, PassCount
+from bilevel.hypergrad import Estimator, InnerProblem
+from bilevel.hypergrad.function import Loss, function_objective, outer_gradients, variables
+from bilevel.problems.losses import NestedLosses
+from bilevel.randomness import Replay, capture, generator_devices, preserved
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors, add, norm, subtract
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, overload
 
-from bilevel.causes import likely_causes
-from bilevel.comparison import REFERENCES, Comparison, compare_engine, compare_functions, relative_distance
+from bilevel.check.causes import likely_causes
+from bilevel.check.comparison import REFERENCES, Comparison, compare_engine, compare_functions, relative_distance
+from bilevel.check.report import HypergradientReport, ParameterComparison
 from bilevel.engine import Engine
 from bilevel.errors import ConfigError, HypergradientCheckError, ParameterError, unknown_name
 from bilevel.hypergrad import Estimator, as_estimator
 from bilevel.hypergrad.function import Loss
-from bilevel.report import HypergradientReport, ParameterComparison
 from bilevel.validation import check_number
 from bilevel.vector import Tensors, norm
 

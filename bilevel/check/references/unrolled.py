@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.check.references.base import Level, Nested, ReferenceValue, accumulate
+from bilevel.check.references.field import GradientField, Pull, flat, largest_eigenvalue, like, normal, ritz_values
 from bilevel.errors import LossError
-from bilevel.references.base import Level, Nested, ReferenceValue, accumulate
-from bilevel.references.field import GradientField, Pull, flat, largest_eigenvalue, like, normal, ritz_values
 from bilevel.vector import Tensors
 
 __all__ = ["unrolled"]

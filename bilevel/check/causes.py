@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from bilevel.comparison import Comparison
-from bilevel.diagnosis import LevelDiagnosis, Noise
-from bilevel.references import TOLERATED_DIFFERENCE
-from bilevel.report import HypergradientReport
+from bilevel.check.comparison import Comparison
+from bilevel.check.diagnosis import LevelDiagnosis, Noise
+from bilevel.check.references import TOLERATED_DIFFERENCE
+from bilevel.check.report import HypergradientReport
 from bilevel.result import Status
 
 __all__ = ["likely_causes"]
