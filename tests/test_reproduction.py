@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from benchmarks.reproduction.methods import ENTRIES, FAMILIES
 from benchmarks.reproduction.quadratics import Quadratics
 from benchmarks.reproduction.regression import Regularisation
 from benchmarks.reproduction.results import curve, final, reached
-from benchmarks.reproduction.run import TUNING_SEED, run, tune
+from benchmarks.reproduction.run import run, tune
 from benchmarks.reproduction.suite import SUITE, Case
 from benchmarks.reproduction.task import Task
 from benchmarks.reproduction.work import read, write
@@ -170,9 +171,9 @@ def test_outer_passes_count_by_their_terms() -> None:
 
 def test_the_step_size_search_ends_at_the_best_of_its_neighbours() -> None:
     task = Quadratics(7, size=64, dimension=6)
-    case = Case("", lambda folder, seed: task, 60, 5.0, 0.1, 0.1, (1,), "")
+    case = Case("", lambda folder, seed: task, 60, 5.0, 0.1, 0.1, (1,), "", tuning_seeds=(0, 2))
     for start in (0.003, 300.0):
-        best, tried = tune(task, case, ENTRIES["identity"], start, tries=12)
+        best, tried = tune(lambda seed: task, replace(case, outer_rate=start), ENTRIES["identity"], tries=12)
         places = sorted(tried)
         place = places.index(best)
         assert 0 < place < len(places) - 1
@@ -196,6 +197,10 @@ def test_medians_ranges_and_crossings() -> None:
     line = curve(cell, minima)
     assert line.cost == [0.0, 10.0, 100.0]
     assert [spread.middle for spread in line.gap] == pytest.approx([1.0, 0.25, 0.02])
+    jump = {**recorded(4, [3.0, 1.02]), "points": [-1, 1], "cost": [0.0, 60.0]}  # its first step passes two marks
+    mixed = curve({"runs": [*cell["runs"][:2], jump]}, {**minima, "4": 1.0})
+    assert mixed.cost == [0.0, 10.0, 100.0]
+    assert [spread.middle for spread in mixed.gap] == pytest.approx([1.0, 0.2, 0.02])
     # the second run goes from 1/4 at 10 to 1/20 at 100: on logarithmic axes it passes 1/10 at 10^(1 + ln 2.5 / ln 5)
     crossing = 10 ** (1 + math.log(2.5) / math.log(5))
     assert reached({"runs": [cell["runs"][1]]}, minima, 0.1, "cost") == pytest.approx(crossing)
@@ -220,7 +225,7 @@ def test_the_command_writes_results_pictures_and_tables(output: Path) -> None:
     assert list(problem["cells"]) == ["identity", "conjugate_gradient"]
     for cell in problem["cells"].values():
         assert [run["seed"] for run in cell["runs"]] == problem["seeds"]
-        assert TUNING_SEED not in problem["seeds"]
+        assert not set(problem["tuning_seeds"]) & set(problem["seeds"])
         end = final(cell, problem["minima"])
         assert 0 <= end.low <= end.middle <= end.high < 0.1
     assert "</svg>" in (output / "quadratics.svg").read_text()

@@ -14,7 +14,7 @@ import torch
 from benchmarks.reproduction.loading import MissingDataError
 from benchmarks.reproduction.methods import ENTRIES
 from benchmarks.reproduction.plot import draw
-from benchmarks.reproduction.run import TUNING_SEED, make_task
+from benchmarks.reproduction.run import make_task
 from benchmarks.reproduction.suite import SUITE
 from benchmarks.reproduction.tables import detail, refresh, summary
 from benchmarks.reproduction.work import read, solve, write
@@ -62,7 +62,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, results: dict[str, Any], file: Path) -> None:
     for name in options.problems:
-        make_task(name, options.data, TUNING_SEED)  # missing data shows before anything has run
+        make_task(name, options.data, 0)  # missing data shows before anything has run
     torch.set_num_threads(1)
     if options.jobs == 1:
         _solve(options, results, file, map)

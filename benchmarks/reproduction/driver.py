@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.reproduction.task import Block, Task
 from bilevel import Engine, EngineConfig, Estimator, Problem
 from bilevel.errors import BilevelWarning
-from bilevel.single_loop import FiniteSum, Method
+from bilevel.single_loop import FiniteSum, Method, State
 
 __all__ = ["Driver", "Recipe", "make_driver"]
 
@@ -146,29 +146,34 @@ class _SingleLoop:
             lambda w, lam, indices: task.outer_loss(w, lam, block(indices)),
             task.num_outer,
         )
-        self._method, self._size = method, task.num_inner
-        generator = torch.Generator().manual_seed(seed)
-        self._state = method.init(self._problem, task.inner_start, task.outer_start, generator)
+        self._task, self._method, self._seed = task, method, seed
+        self._state: State | None = None
 
     @property
     def failed(self) -> int:
-        return self._state.failures
+        return 0 if self._state is None else self._state.failures
 
     @property
     def w(self) -> Tensor:
-        return self._state.inner.detach().clone()
+        return (self._task.inner_start if self._state is None else self._state.inner).detach().clone()
 
     @property
     def lam(self) -> Tensor:
-        return self._state.outer.detach().clone()
+        return (self._task.outer_start if self._state is None else self._state.outer).detach().clone()
 
     @property
     def cost(self) -> float:
         """A gradient is a forward and a backward pass, a product one backward pass more."""
+        if self._state is None:
+            return 0.0
         counts = self._state.counts
-        return (counts.gradients + counts.products / 2) / self._size
+        return (counts.gradients + counts.products / 2) / self._task.num_inner
 
     def step(self) -> None:
+        if self._state is None:  # the first tables belong to the first step
+            generator = torch.Generator().manual_seed(self._seed)
+            task = self._task
+            self._state = self._method.init(self._problem, task.inner_start, task.outer_start, generator)
         self._state = self._method.update(self._problem, self._state, donate=True)
 
 

@@ -30,6 +30,11 @@ def draw(problem: Mapping[str, Any], file: Path) -> None:
     curves = {name: curve(cell, problem["minima"]) for name, cell in problem["cells"].items() if cell["runs"]}
     families = [family for family in FAMILIES if any(ENTRIES[name].family == family for name in curves)]
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "reproduction"}
+    style |= {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+    }
     with plt.rc_context(style):
         figure, axes = plt.subplots(
             len(families),

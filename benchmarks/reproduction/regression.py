@@ -63,8 +63,8 @@ class Regularisation(Task):
         return -F.logsigmoid(of_dtype(self._outer, w.dtype)[block] @ w).mean()
 
     def solve(self, lam: Tensor, near: Tensor) -> Tensor:
-        """Newton's method with the Hessian kept while its steps contract, until the decrement ``gᵀH⁻¹g`` is 1e-20."""
-        penalty = lam.double().clamp(-50, 50).exp().numpy()  # beyond, nothing changes but the range of exp
+        """Newton's method, the Hessian kept while its steps contract, until the decrement ``gᵀH⁻¹g`` is 1e-20."""
+        penalty = lam.double().clamp(-40, 40).exp().numpy()  # beyond, only the range of exp matters
         w = near.detach().double().numpy()
         if not np.abs(w).max() < 1e3:  # a run that broke
             w = np.zeros_like(w)
@@ -72,7 +72,7 @@ class Regularisation(Task):
         for _ in range(200):
             grad = self._slope(w) + penalty * w
             if factor is None:
-                factor = cho_factor(self._hessian(w, penalty))
+                factor = self._factor(w, penalty)
             step = cho_solve(factor, grad)
             before, decrement = decrement, float(grad @ step)
             if decrement <= 1e-20:
@@ -80,6 +80,8 @@ class Regularisation(Task):
             if decrement > 0.1 * before:
                 factor, before = None, float("inf")
             w = self._descend(w, penalty, step)
+        if decrement <= 1e-8:  # f is at most half of that too large; rounding stops where features separate the classes
+            return torch.from_numpy(w)
         raise RuntimeError(f"{self.name}: the inner problem is not solved, Newton decrement {decrement:.1e}")
 
     def lowest(self, starts: list[Tensor]) -> float:
@@ -97,7 +99,7 @@ class Regularisation(Task):
             leaf = near.clone().requires_grad_(True)
             value = self.outer_loss(leaf, lam)
             (v,) = torch.autograd.grad(value, leaf)
-            q = torch.from_numpy(cho_solve(cho_factor(self._hessian(near.numpy(), lam.exp().numpy())), v.numpy()))
+            q = torch.from_numpy(cho_solve(self._factor(near.numpy(), lam.exp().numpy()), v.numpy()))
             return value.item(), -lam.exp() * near * q * (1 - (lam / BOUND) ** 2)
 
         points = [*(lam.double() for lam in starts), torch.full_like(self.outer_start, -6.0).double()]
@@ -108,10 +110,25 @@ class Regularisation(Task):
         """Returns the gradient of the fit."""
         return -(self._sparse.T @ expit(-(self._sparse @ w))) / self.num_inner
 
-    def _hessian(self, w: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    def _hessian(self, w: np.ndarray, penalty: np.ndarray, dtype: type = np.float32) -> np.ndarray:
         p = expit(self._sparse @ w)
-        x = next(iter(self._inner.values())).numpy()
+        x = next(iter(self._inner.values())).numpy().astype(dtype, copy=False)
         return (x.T @ ((p * (1 - p)).astype(x.dtype)[:, None] * x)).astype(np.float64) / len(x) + np.diag(penalty)
+
+    def _factor(self, w: np.ndarray, penalty: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Returns a Cholesky factor of the Hessian: of float64 where that of float32 rounds to an indefinite one.
+
+        Groups of a9a's features add up to one: without penalties the Hessian is singular, and a multiple of the
+        identity at rounding level then stands for what is lost (features are at most 1). Along such directions f,
+        and h, are flat.
+        """
+        for dtype, shift in ((np.float32, 0.0), (np.float64, 1e-12), (np.float64, 1e-9)):
+            matrix = self._hessian(w, penalty, dtype)
+            try:
+                return cho_factor(matrix + shift * np.eye(len(w)))
+            except np.linalg.LinAlgError:
+                continue
+        raise RuntimeError(f"{self.name}: the inner Hessian is not positive definite")
 
     def _descend(self, w: np.ndarray, penalty: np.ndarray, step: np.ndarray) -> np.ndarray:
         """Halves a step until it lowers f."""

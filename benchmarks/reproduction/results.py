@@ -44,17 +44,22 @@ def gaps(run: Mapping[str, Any], minimum: float) -> list[float]:
 
 
 def curve(cell: Cell, minima: Mapping[str, float]) -> Curve:
-    """Returns a method's curve on a problem; it ends where the first seed's does."""
+    """Returns a method's curve on a problem; it ends where the first seed's does.
+
+    A step can pass several marks at once, and is then what stands for all of them.
+    """
     runs = [run for run in cell["runs"] if len(run["value"]) > 1]
-    if not runs:
-        return Curve([], [], [])
-    common = sorted(set.intersection(*(set(run["points"]) for run in runs)))
     cost, seconds, values = [], [], []
-    for point in common:
-        places = [run["points"].index(point) for run in runs]
-        cost.append(median(run["cost"][place] for run, place in zip(runs, places, strict=True)))
-        seconds.append(median(run["seconds"][place] for run, place in zip(runs, places, strict=True)))
-        values.append(spread([gaps(run, minima[str(run["seed"])])[p] for run, p in zip(runs, places, strict=True)]))
+    last = min((run["points"][-1] for run in runs), default=-2)
+    before: list[int] = []
+    for mark in sorted({point for run in runs for point in run["points"] if point <= last}):
+        places = [next(place for place, point in enumerate(run["points"]) if point >= mark) for run in runs]
+        if places == before:
+            continue
+        before, at = places, list(zip(runs, places, strict=True))
+        cost.append(median(run["cost"][place] for run, place in at))
+        seconds.append(median(run["seconds"][place] for run, place in at))
+        values.append(spread([gaps(run, minima[str(run["seed"])])[place] for run, place in at]))
     return Curve(cost, seconds, values)
 
 

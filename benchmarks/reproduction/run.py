@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,6 @@ from bilevel import BilevelError
 
 __all__ = ["Run", "make_task", "run", "tune"]
 
-TUNING_SEED = 0
 FACTOR = math.sqrt(10)
 NUM_POINTS = 14
 FIRST = 0.01  # share of the budget at the first point
@@ -59,7 +58,7 @@ class Run:
         return math.inf if broke else self.value[-1]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def make_task(name: str, folder: Path | None, seed: int) -> Task:
     """Returns a problem of the suite."""
     return SUITE[name].make(folder, seed)
@@ -111,29 +110,36 @@ def _evaluate(task: Task, found: Run, states: list[tuple[Tensor, Tensor]]) -> No
 
 
 def tune(
-    task: Task, case: Case, entry: Entry | SingleLoop, start: float, *, tries: int
+    make: Callable[[int], Task], case: Case, entry: Entry | SingleLoop, *, tries: int
 ) -> tuple[float, Mapping[float, float]]:
-    """Searches the outer step size on a grid of half decades for the lowest final value, with the tuning seed.
+    """Searches the outer step size on a grid of half decades for the lowest final value, the worst of the tuning seeds.
 
-    From a start it goes on in the direction that improves, until it gets worse.
+    From the case's start it goes on in the direction that improves, until it gets worse.
 
     Returns:
-        The best step size, and the final value of each that was tried (infinite where the run broke).
+        The best step size, and the final value of each that was tried (infinite where a run broke).
     """
     scores: dict[int, float] = {}
 
+    def one(seed: int, place: int) -> float:
+        task = make(seed)
+        return run(task, case, entry.recipe(task, case.outer_rate * FACTOR**place), seed, final_only=True).score
+
     def score(place: int) -> float:
         if place not in scores and len(scores) < tries:
-            recipe = entry.recipe(task, start * FACTOR**place)
-            scores[place] = run(task, case, recipe, TUNING_SEED, final_only=True).score
+            worst = -math.inf
+            for seed in case.tuning_seeds:
+                if worst < math.inf:
+                    worst = max(worst, one(seed, place))
+            scores[place] = worst
         return scores.get(place, math.inf)
 
     best = 0
-    score(0)
-    if scores[0] == math.inf:  # too long: shorten until it runs
-        while score(best) == math.inf and len(scores) < tries:
-            best -= 1
+    while score(best) == math.inf and len(scores) < tries:  # too long: shorten until it runs
+        best -= 1
     direction = 1 if score(best + 1) < score(best) else -1
     while score(best + direction) < score(best):
         best += direction
-    return start * FACTOR**best, {start * FACTOR**place: value for place, value in sorted(scores.items())}
+    return case.outer_rate * FACTOR**best, {
+        case.outer_rate * FACTOR**place: value for place, value in sorted(scores.items())
+    }

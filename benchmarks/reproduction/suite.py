@@ -28,9 +28,10 @@ class Case:
         seconds: CPU time at which a run ends.
         target: Suboptimality whose cost the tables name.
         outer_rate: Where the search for the outer step size starts.
-        seeds: Seeds that are reported; the step size is chosen on another one.
+        seeds: Seeds that are reported; the step size is chosen on others.
         quantity: What the seed draws.
         shared_minimum: Whether all seeds have one value function.
+        tuning_seeds: On which the step size is chosen, by the worst of them.
         tuned_on: The problem whose step sizes are taken, where it has been run.
     """
 
@@ -43,6 +44,7 @@ class Case:
     seeds: tuple[int, ...]
     quantity: str
     shared_minimum: bool = False
+    tuning_seeds: tuple[int, ...] = (0,)
     tuned_on: str = ""
 
     def quick(self) -> Case:
@@ -74,6 +76,7 @@ SUITE: dict[str, Case] = {
         (1, 2, 3),
         "start and order of the rows",
         shared_minimum=True,
+        tuning_seeds=(0, 10),
     ),
     "a9a": Case(
         "regularisation selection, a9a",
@@ -85,6 +88,7 @@ SUITE: dict[str, Case] = {
         (1, 2, 3),
         "start and order of the rows",
         shared_minimum=True,
+        tuning_seeds=(0, 10),
     ),
     "cleaning50": Case(
         "data cleaning, MNIST, 50 % of labels drawn again",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reproduction.methods import ENTRIES
-from benchmarks.reproduction.run import TUNING_SEED, Run, make_task, run, tune
+from benchmarks.reproduction.run import Run, make_task, run, tune
 from benchmarks.reproduction.suite import Case
 from bilevel import Estimator
 
@@ -50,13 +50,14 @@ def solve(
         cells[method] = cell
         print(f"{name} {method}: {_line(cell)} ({time.perf_counter() - started:.0f} s)", flush=True)
     references = dict(known.get("references", {}))
-    seeds = [TUNING_SEED] if case.shared_minimum else list(case.seeds)
+    seeds = [case.seeds[0]] if case.shared_minimum else list(case.seeds)
     missing = [seed for seed in seeds if str(seed) not in references]
     for seed, reference in zip(missing, each(partial(_reference, name, folder), missing), strict=True):
         references[str(seed)] = reference
     return {
         **{key: getattr(case, key) for key in ("title", "budget", "seconds", "target", "quantity")},
         "seeds": list(case.seeds),
+        "tuning_seeds": list(case.tuning_seeds),
         "references": references,
         "minima": _minima(case, cells, references),
         "cells": {method: cells[method] for method in ENTRIES if method in cells},
@@ -99,10 +100,10 @@ def _cell(name: str, case: Case, folder: Path | None, rates: Mapping[str, float]
     entry = ENTRIES[method]
     if name in entry.left_out:
         return {"left_out": entry.left_out[name], "runs": []}
-    task = make_task(name, folder, TUNING_SEED)
-    rate, tried = (rates[method], {}) if method in rates else tune(task, case, entry, case.outer_rate, tries=TRIES)
-    recipe = entry.recipe(task, rate)
-    runs: list[Run] = [run(make_task(name, folder, seed), case, recipe, seed) for seed in case.seeds]
+    make = partial(make_task, name, folder)
+    rate, tried = (rates[method], {}) if method in rates else tune(make, case, entry, tries=TRIES)
+    runs: list[Run] = [run(make(seed), case, entry.recipe(make(seed), rate), seed) for seed in case.seeds]
+    recipe = entry.recipe(make(case.seeds[0]), rate)
     method = recipe.method
     fields = method.describe() if isinstance(method, Estimator) else {"method": method.name, **vars(method)}
     settings = {**vars(recipe), "method": fields}
@@ -120,7 +121,7 @@ def _minima(case: Case, cells: Mapping[str, Any], references: Mapping[str, float
     for seed in case.seeds:
         runs = [run for cell in cells.values() for run in cell["runs"] if case.shared_minimum or run["seed"] == seed]
         values = [value for run in runs for value in run["value"] if math.isfinite(value)]
-        minima[str(seed)] = min([references[str(TUNING_SEED if case.shared_minimum else seed)], *values])
+        minima[str(seed)] = min([references[str(case.seeds[0] if case.shared_minimum else seed)], *values])
     return minima
 
 
