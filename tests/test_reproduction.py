@@ -108,6 +108,21 @@ def test_the_quadratic_s_minimum_is_reached_by_newton_s_step() -> None:
     assert hypergradient(task.inner_loss, task.outer_loss, task.solve(lam, lam), lam, "exact").grad.norm() < 1e-8
 
 
+@pytest.mark.parametrize("name", ["identity", "neumann", "conjugate_gradient"])
+def test_a_biased_method_ends_where_its_own_hypergradient_vanishes(name: str) -> None:
+    task = Quadratics(7, size=64, dimension=6)
+    matrix, unit = task.inner.hessian, torch.eye(6, dtype=torch.float64)
+    powers = [torch.linalg.matrix_power(unit - matrix / task.smoothness, power) for power in range(11)]
+    inverse = {"identity": unit, "neumann": sum(powers) / task.smoothness, "conjugate_gradient": matrix.inverse()}[name]
+    lam = task.end_of(inverse)
+    method = {"method": name, **({"terms": 10, "step_size": 1 / task.smoothness} if name == "neumann" else {})}
+    found = hypergradient(task.inner_loss, task.outer_loss, task.solve(lam, lam), lam, method)
+    # the solve stops at a relative residual of 1e-6
+    assert float(found.grad.norm()) < 1e-5 * float(found.direct.norm())
+    gap = task.value(lam, lam) - task.lowest([])
+    assert gap > 1e-4 if name != "conjugate_gradient" else abs(gap) < 1e-8
+
+
 def test_the_quadratics_are_benchopt_s() -> None:
     task = Quadratics(1)
     for part in (task.inner, task.outer):

@@ -226,7 +226,8 @@ def test_a_wrong_recipe_is_one_message_with_its_line(
     assert run.out == ""
     assert "Traceback" not in run.err
     for part in parts:  # <n> is the n-th line of the body
-        assert re.sub("<(.)>", lambda found: str(HEAD.count("\n") + int(found[1])), part) in run.err
+        expected = re.sub("<(.)>", lambda found: str(HEAD.count("\n") + int(found[1])), part)
+        assert expected.replace(" ", "") in run.err.replace(" ", "")  # a long path is broken anywhere
 
 
 @pytest.mark.parametrize(

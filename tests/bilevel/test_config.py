@@ -52,7 +52,7 @@ estimators = st.one_of(
 
 @st.composite
 def engine_configs(draw: st.DrawFn) -> EngineConfig:
-    fallback = draw(st.none() | estimators)
+    fallback = draw(st.none() | estimators.filter(lambda method: not method.needs_trajectory))
     batches = draw(whole)
     return EngineConfig(
         steps=draw(whole),

@@ -383,5 +383,8 @@ def test_products_by_differences_are_those_of_autodiff(sample: Sample, place: in
     exact, _ = pull(sample, build(damping=damping))
     found, passes = pull(sample, build(damping=damping, products="finite_difference", difference_step=1e-3))
     torch.testing.assert_close(found.value[0], exact.value[0], rtol=1e-4, atol=1e-5 * sample.scale())
-    assert (passes.forward, passes.backward) == (1 + 2 * found.info.products,) * 2
+    # A vector that vanishes, as those of the Neumann series do in one dimension, takes no pass.
+    most = 1 + 2 * found.info.products
+    assert passes.forward == passes.backward <= most
+    assert len(sample.inner) == 1 or passes.forward == most
     assert not found.info.status.failed or found.info.status is exact.info.status
