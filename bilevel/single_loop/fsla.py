@@ -50,8 +50,8 @@ class FSLA(Estimated):
     def estimator(self, step: int) -> Stochastic:
         """See :meth:`Estimated.estimator`."""
         momentum = self.momentum * (step + 1.0) ** -self.momentum_decay
-        if self.momentum_decay > 0.0:  # an estimator with η = 1 keeps nothing for a later call with less
-            momentum = min(momentum, math.nextafter(1.0, 0.0))
+        if momentum == 1.0 and self.momentum_decay > 0.0:  # with η = 1 nothing is kept for a later call with less
+            momentum = math.nextafter(1.0, 0.0)
         return fsla.FSLA(step_size=self.lengths(step)[1], momentum=momentum)
 
     def upper(self, point: Point, state: State) -> tuple[Tensors, Tensors, Mapping[str, Tensors]]:
