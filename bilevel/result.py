@@ -44,7 +44,8 @@ _REMEDIES = {
     Status.NEGATIVE_CURVATURE: "the inner parameters are no strict minimum of the inner loss: take more inner steps, "
     "regularise the inner loss, or set damping above the most negative eigenvalue",
     Status.SINGULAR: "the inner Hessian has a null space: regularise the inner loss or set damping > 0",
-    Status.DIVERGED: "lower step_size below 2 / (largest Hessian eigenvalue) or use 'auto'; if the inner loss is not "
+    Status.DIVERGED: "lower step_size below 2 / (largest Hessian eigenvalue) or use 'auto' (nystrom: raise rank or "
+    "damping); if the inner loss is not "
     "convex here, use conjugate_gradient with damping",
     Status.NOT_SYMMETRIC: "a custom backward pass in the inner loss makes its gradient a field without a symmetric "
     "Jacobian: use 'gmres' or 'exact', which need no symmetry (with products='field' where a detach() hides it from "

@@ -127,7 +127,7 @@ class Certificate:
             return self.strong_convexity, f"given μ = {self.strong_convexity:.2g}", ""
         dimension = sum(part.numel() for part in like)
         estimate = estimate_spectrum(hessian, like, products=min(self.products, dimension))
-        mu = estimate.smallest - getattr(estimate, "smallest_residual", 0.0)
+        mu = estimate.smallest_bound
         note = f"no error bound: after {estimate.products} Lanczos products μ may be as low as {mu:.1e}"
         return mu, f"estimated μ = {mu:.2g}", note
 

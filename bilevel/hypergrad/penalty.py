@@ -201,7 +201,7 @@ def _answer(estimator: Penalty, around: Surroundings, v: Tensors, descent: Desce
     value = scale(factor, subtract(descent.outer_slope, around.outer_slope))
     residual = float(norm(axpy(factor, change, v))) / size
     lost = around.rounding(descent.y)
-    message = f"multiplier {factor:.3g}, auxiliary iterate {float(norm(moved)):.2g} away"
+    message = f"multiplier {factor:.3g}, auxiliary iterate {float(norm(moved)):.2g} away, bias O(1/multiplier)"
     status = Status.STOPPED_AT_CAP
     if not is_finite(value) or not math.isfinite(residual):
         status = Status.DIVERGED
