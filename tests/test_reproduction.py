@@ -222,6 +222,10 @@ def test_medians_ranges_and_crossings() -> None:
     assert reached(cell, minima, 1e-9, "cost") == math.inf
     broken = {"runs": [recorded(1, [2.0, 1.2], "diverged: NaN")]}
     assert final(broken, minima).middle == math.inf
+    partly = curve({"runs": [*cell["runs"][1:], *broken["runs"]]}, minima)
+    assert partly.cost == [0.0, 10.0, 100.0]
+    assert [spread.middle for spread in partly.gap] == pytest.approx([1.0, 0.25, 0.05])
+    assert partly.gap[-1].high == math.inf
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,11 @@ def _family(row: Any, family: str, curves: Mapping[str, Curve]) -> None:
 
 
 def _line(axis: Any, side: str, found: Curve, name: str, colour: str, marker: str, line: str) -> None:
-    # the start has neither cost nor time
-    places = [place for place, cost in enumerate(found.cost) if cost > 0]
+    # the start has neither cost nor time; a median is infinite once half of the runs broke
+    places = [place for place, cost in enumerate(found.cost) if cost > 0 and found.gap[place].middle < math.inf]
     at = [getattr(found, side)[place] for place in places]
     spreads = [found.gap[place] for place in places]
     middle, low, high = ([max(getattr(s, key), FLOOR) for s in spreads] for key in ("middle", "low", "high"))
+    high = [min(value, max(1.0, *middle)) for value in high]
     axis.plot(at, middle, line, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=name)
     axis.fill_between(at, low, high, color=colour, alpha=0.15 if marker else 0.07, linewidth=0)

@@ -89,6 +89,18 @@ class Quadratics(Task):
         slope = self.response.T @ (outer.hessian @ w + outer.a.mean(0)) + outer.cross @ w + outer.b.mean(0)
         return self.value(-torch.linalg.solve(self.curvature, slope), w)
 
+    def end_of(self, inverse: Tensor) -> Tensor:
+        """Returns the λ at which a method stops that takes a matrix for the inverse of the inner Hessian.
+
+        Its hypergradient at w*(λ) is ``∂F/∂λ − C · inverse · ∂F/∂w``, linear in λ.
+        """
+        zero = torch.zeros_like(self.outer_start)
+        w, outer, cross = self.solve(zero, zero), self.outer, self.inner.cross
+        matrix = outer.outer_hessian + outer.cross @ self.response
+        matrix = matrix - cross @ inverse @ (outer.hessian @ self.response + outer.cross.T)
+        constant = outer.cross @ w + outer.b.mean(0) - cross @ inverse @ (outer.hessian @ w + outer.a.mean(0))
+        return -torch.linalg.solve(matrix, constant)
+
     def _curvature(self) -> Tensor:
         """Returns the Hessian of h."""
         crossed = self.outer.cross @ self.response

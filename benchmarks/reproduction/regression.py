@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +64,21 @@ class Regularisation(Task):
         return -F.logsigmoid(of_dtype(self._outer, w.dtype)[block] @ w).mean()
 
     def solve(self, lam: Tensor, near: Tensor) -> Tensor:
-        """Newton's method, the Hessian kept while its steps contract, until the decrement ``gᵀH⁻¹g`` is 1e-20."""
+        """Newton's method, from zero where it fails from ``near``: far out all examples are saturated."""
         penalty = lam.double().clamp(-40, 40).exp().numpy()  # beyond, only the range of exp matters
-        w = near.detach().double().numpy()
-        if not np.abs(w).max() < 1e3:  # a run that broke
-            w = np.zeros_like(w)
-        factor, decrement = None, float("inf")
+        start = near.detach().double().numpy()
+        decrement = math.inf
+        for begin in (start, np.zeros_like(start)):
+            w, decrement = self._newton(begin, penalty)
+            if decrement <= 1e-8:  # f is at most half of that too large; rounding stops where features separate classes
+                return torch.from_numpy(w)
+        raise RuntimeError(f"{self.name}: the inner problem is not solved, Newton decrement {decrement:.1e}")
+
+    def _newton(self, w: np.ndarray, penalty: np.ndarray) -> tuple[np.ndarray, float]:
+        """Steps with the Hessian kept while they contract, until the decrement ``gᵀH⁻¹g`` is 1e-20; returns it."""
+        factor, decrement = None, math.inf
+        if not np.abs(w).max() < 50:  # a run that broke
+            return w, math.inf
         for _ in range(200):
             grad = self._slope(w) + penalty * w
             if factor is None:
@@ -76,13 +86,11 @@ class Regularisation(Task):
             step = cho_solve(factor, grad)
             before, decrement = decrement, float(grad @ step)
             if decrement <= 1e-20:
-                return torch.from_numpy(w - step)
+                return w - step, decrement
             if decrement > 0.1 * before:
-                factor, before = None, float("inf")
+                factor = None
             w = self._descend(w, penalty, step)
-        if decrement <= 1e-8:  # f is at most half of that too large; rounding stops where features separate the classes
-            return torch.from_numpy(w)
-        raise RuntimeError(f"{self.name}: the inner problem is not solved, Newton decrement {decrement:.1e}")
+        return w, decrement
 
     def lowest(self, starts: list[Tensor]) -> float:
         """The lowest value of L-BFGS descents on h from each start, with ``|λ|`` held below a bound.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-__all__ = ["Curve", "Spread", "curve", "final", "reached", "spread"]
+__all__ = ["Curve", "Spread", "broke", "curve", "final", "reached", "spread"]
 
 Cell = Mapping[str, Any]
 """One method on one problem, as in the results file."""
@@ -44,23 +44,32 @@ def gaps(run: Mapping[str, Any], minimum: float) -> list[float]:
 
 
 def curve(cell: Cell, minima: Mapping[str, float]) -> Curve:
-    """Returns a method's curve on a problem; it ends where the first seed's does.
+    """Returns a method's curve on a problem; it ends where the first seed's budget does.
 
-    A step can pass several marks at once, and is then what stands for all of them.
+    A step can pass several marks at once, and is then what stands for all of them. A run that broke counts as infinite
+    from there on.
     """
-    runs = [run for run in cell["runs"] if len(run["value"]) > 1]
+    runs = cell["runs"]
+    ends = [run["points"][-1] for run in runs if not broke(run)]
+    last = min(ends) if ends else max((run["points"][-1] for run in runs), default=-1)
     cost, seconds, values = [], [], []
-    last = min((run["points"][-1] for run in runs), default=-2)
     before: list[int] = []
     for mark in sorted({point for run in runs for point in run["points"] if point <= last}):
-        places = [next(place for place, point in enumerate(run["points"]) if point >= mark) for run in runs]
+        places = [sum(point < mark for point in run["points"]) for run in runs]
         if places == before:
             continue
-        before, at = places, list(zip(runs, places, strict=True))
+        before = places
+        at = [(run, place) for run, place in zip(runs, places, strict=True) if place < len(run["points"])]
+        found = [gaps(run, minima[str(run["seed"])])[place] for run, place in at]
         cost.append(median(run["cost"][place] for run, place in at))
         seconds.append(median(run["seconds"][place] for run, place in at))
-        values.append(spread([gaps(run, minima[str(run["seed"])])[place] for run, place in at]))
+        values.append(spread(found + [math.inf] * (len(runs) - len(at))))
     return Curve(cost, seconds, values)
+
+
+def broke(run: Mapping[str, Any]) -> bool:
+    """Whether a run ended in numbers that are not finite."""
+    return run["ended"].startswith("diverged") or not math.isfinite(run["value"][-1])
 
 
 def final(cell: Cell, minima: Mapping[str, float]) -> Spread:
@@ -68,8 +77,7 @@ def final(cell: Cell, minima: Mapping[str, float]) -> Spread:
     ends = []
     for run in cell["runs"]:
         end = gaps(run, minima[str(run["seed"])])[-1]
-        broke = run["ended"].startswith("diverged") or not math.isfinite(end)
-        ends.append(math.inf if broke else end)
+        ends.append(math.inf if broke(run) else end)
     return spread(ends)
 
 

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.reproduction.methods import ENTRIES
-from benchmarks.reproduction.results import Spread, final, reached, spread
+from benchmarks.reproduction.results import Spread, broke, final, reached, spread
 
 __all__ = ["detail", "refresh", "summary"]
 
@@ -24,7 +24,7 @@ def summary(problems: Mapping[str, Any]) -> str:
         row = []
         for found in ends.values():
             best = min(found.values(), key=lambda end: end.middle, default=None)
-            cell = _number(found[name].middle) if name in found else "–"
+            cell = _end(found[name].middle) if name in found else "–"
             row.append(f"**{cell}**" if name in found and found[name] == best else cell)
         lines.append(f"| `{name}` | {' | '.join(row)} |")
     return "\n".join(lines)
@@ -77,20 +77,24 @@ def _metrics(problem: Mapping[str, Any]) -> list[str]:
 def _remarks(cell: Mapping[str, Any]) -> str:
     runs = cell["runs"]
     remarks = []
-    broke = sum(run["ended"].startswith("diverged") for run in runs)
+    broken = sum(broke(run) for run in runs)
     stopped = sum(run["ended"].startswith("stopped") for run in runs)
     failed, steps = sum(run["failed_solves"] for run in runs), sum(run["steps"] for run in runs)
-    if broke:
-        remarks.append(f"{broke} of {len(runs)} seeds diverged")
+    if broken:
+        remarks.append(f"{broken} of {len(runs)} seeds diverged")
     if stopped:
         remarks.append(f"stopped by time at {_number(median(run['cost'][-1] for run in runs))} gradients")
     if failed:
-        remarks.append(f"{failed / steps:.0%} of its solves failed, and said so")
+        remarks.append(f"{100 * failed / steps:.2g} % of its solves reported a failure")
     return "; ".join(remarks)
 
 
 def _range(found: Spread) -> str:
-    return f"{_number(found.middle)} ({_number(found.low)} to {_number(found.high)})"
+    return f"{_end(found.middle)} ({_end(found.low)} to {_end(found.high)})"
+
+
+def _end(value: float) -> str:
+    return "diverged" if value == math.inf else _number(value)
 
 
 def _number(value: float) -> str:
