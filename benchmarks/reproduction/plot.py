@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 from benchmarks.reproduction.methods import ENTRIES, FAMILIES
 from benchmarks.reproduction.results import Curve, curve
@@ -24,6 +24,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = "os^Dv<>P"
 COMPARED = "conjugate_gradient"
 FLOOR = 1e-12
+
+
+class _Plain(LogFormatter):
+    """The same labels, written 0.2 and 1e-6."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}".replace("e-0", "e-") if super().__call__(x, pos) else ""
 
 
 def draw(problem: Mapping[str, Any], file: Path) -> None:
@@ -68,6 +75,9 @@ def _family(row: Any, family: str, curves: Mapping[str, Curve]) -> None:
             _line(axis, side, curves[name], name, COLOURS[place % 8], MARKERS[place % 8], "-")
         axis.set_xscale("log")
         axis.set_yscale("log")
+        for scale in (axis.xaxis, axis.yaxis):  # plain text: mathematical text names a font and no substitute
+            scale.set_major_formatter(_Plain())
+            scale.set_minor_formatter(_Plain(labelOnlyBase=False))
         if len([tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]) > 1:
             axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
