@@ -10,10 +10,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.bilevel.strategies import EXAMPLES
 
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci-slow", settings.get_profile("ci"), max_examples=200)
@@ -28,3 +31,23 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# How many examples the property tests generated, in all processes of the run.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    EXAMPLES.update(getattr(node, "workeroutput", {}).get("examples", {}))
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["examples"] = dict(EXAMPLES)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if EXAMPLES:
+        terminalreporter.write_line(
+            f"property tests: {sum(EXAMPLES.values())} generated examples in {len(EXAMPLES)} properties"
+        )
