@@ -1,6 +1,6 @@
 """What every method costs and how far it is off, measured: the table of the page "How to choose a method".
 
-    python benchmarks/cost.py [--output docs/method_costs.md] [--json] [--repeats 5]
+    python benchmarks/cost.py [--page docs/choose.md] [--json] [--repeats 5]
 
 One problem for all: a tanh network (64–10–10, 760 parameters) on scikit-learn's digits, cross-entropy with a learned
 weight decay for each layer (inner; trained to its solution in float64, then held in float32), and the loss on other
@@ -201,9 +201,17 @@ def markdown(rows: list[Measured], base: tuple[float, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def put(page: Path, table: str) -> None:
+    before, start, rest = page.read_text(encoding="utf-8").partition("<!-- costs -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not (start and end):
+        raise SystemExit(f"{page} has no marks <!-- costs --> and <!-- end -->")
+    page.write_text(f"{before}{start}{table}{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="Write the table as Markdown to this file.")
+    parser.add_argument("--page", type=Path, help="Put the table between the marks of this page.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     parser.add_argument("--repeats", type=int, default=5, help="Timed outer steps.")
     parser.add_argument("--steps", type=int, default=60, help="Outer steps before.")
@@ -231,8 +239,8 @@ def main() -> None:
     print(f"without a hypergradient: {base[0]:.2f} ms, {base[1]:.1f} MiB\n\n{table}")
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
-    if arguments.output:
-        arguments.output.write_text(table, encoding="utf-8")
+    if arguments.page:
+        put(arguments.page, table)
 
 
 if __name__ == "__main__":
