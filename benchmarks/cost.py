@@ -82,6 +82,7 @@ class Measured:
     error: float
     cosine: float
     status: str
+    failed: bool
 
 
 def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -154,6 +155,7 @@ def measure(estimator: Estimator, model: nn.Module, log_decay: Tensor, steps: in
         error=report.relative_error,
         cosine=report.cosine,
         status=info.status.value,
+        failed=info.status.failed,
     )
 
 
@@ -189,14 +191,15 @@ def baseline(model: nn.Module, log_decay: Tensor, repeats: int) -> tuple[float, 
 
 def markdown(rows: list[Measured], base: tuple[float, float]) -> str:
     lines = [
-        "| method | forward, backward | outer step | extra memory | relative error | cosine | status |",
-        "|---|---|---|---|---|---|---|",
+        "| method | passes | outer step | MiB | relative error | cosine |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name = f"`{row.method}`" + (f" ({row.settings})" if row.settings else "")
+        name = f"`{row.method}`" + (f" {row.settings}" if row.settings else "")
+        error = f"{row.error:.1e}" + (f" ({row.status})" if row.failed else "")
         lines.append(
-            f"| {name} | {row.forward}, {row.backward} | {row.relative_time:.1f} × | {row.megabytes - base[1]:.1f} MiB "
-            f"| {row.error:.1e} | {row.cosine:.4f} | {row.status} |"
+            f"| {name} | {row.forward}, {row.backward} | {row.relative_time:.1f} × | {row.megabytes - base[1]:.1f} "
+            f"| {error} | {row.cosine:.4f} |"
         )
     return "\n".join(lines) + "\n"
 
