@@ -34,14 +34,16 @@ class Neumann(Preconditioned):
         step_size: α, or ``"auto"``: ``1 / λ_max`` from 8 Lanczos products, kept in the state and estimated again only
             when the series stops contracting.
         damping: δ ≥ 0; the system solved is ``(H + δI) q = v``.
+        rtol: Stops before K terms once ``‖(H + δI)q − v‖ ≤ rtol ‖v‖``, which the series knows without a product.
 
-    Cost: 1 forward and 1 backward pass with graph, K + 1 products; 8 more at the first call with ``"auto"``, 1 more
-        with a warm start, and the rank of the Nyström preconditioner.
+    Cost: 1 forward and 1 backward pass with graph, at most K + 1 products; 8 more at the first call with ``"auto"``, 1
+        more with a warm start, and the rank of the Nyström preconditioner.
     """
 
     terms: int = 10
     step_size: float | str = "auto"
     damping: float = 0.0
+    rtol: float = 0.0
 
     name: ClassVar[str] = "neumann"
     summary: ClassVar[str] = "truncated Neumann series for the inverse Hessian"
@@ -56,6 +58,7 @@ class Neumann(Preconditioned):
         check_integer("Neumann", "terms", self.terms, minimum=0)
         check_number("Neumann", "step_size", self.step_size, minimum=0.0, exclusive=True, auto=True)
         check_number("Neumann", "damping", self.damping, minimum=0.0)
+        check_number("Neumann", "rtol", self.rtol, minimum=0.0)
 
     def solve(self, system: System) -> tuple[Solution, State]:
         """See :meth:`Implicit.solve`. The estimate kept in the state is that of the undamped largest eigenvalue."""
@@ -92,14 +95,17 @@ class Neumann(Preconditioned):
             start=system.start,
             preconditioner=None if factors is None else factors.inverse,
             symmetric=not system.transposed,
+            rtol=self.rtol,
         )
 
     def judge(self, solution: Solution, residual: float, epsilon: float) -> Status:
         """A convergent series never leaves a residual above 1, whatever its length (in the norm of P⁻¹)."""
         if solution.status.failed:
             return solution.status
-        if residual <= 100 * epsilon:
+        if residual <= max(self.rtol, 100 * epsilon):
             return Status.CONVERGED
+        if solution.status is Status.CONVERGED:
+            return Status.STOPPED_AT_CAP
         plain = self.preconditioner == "none"
         return Status.DIVERGED if plain and residual > 1 + 1e-6 else Status.STOPPED_AT_CAP
 

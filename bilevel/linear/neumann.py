@@ -23,6 +23,7 @@ def neumann(
     start: Tensors | None = None,
     preconditioner: Preconditioner | None = None,
     symmetric: bool = False,
+    rtol: float = 0.0,
 ) -> Solution:
     """Solves ``H q = v`` by ``q = q₀ + α Σₖ₌₀ᴷ (I − αP⁻¹H)ᵏ P⁻¹(v − Hq₀)``.
 
@@ -40,21 +41,26 @@ def neumann(
         preconditioner: ``r ↦ P⁻¹ r`` with P symmetric positive definite; the identity without it.
         symmetric: Whether H must be symmetric for the answer to be right; ``NOT_SYMMETRIC`` where it shows not to be,
             which takes two terms and costs no product.
+        rtol: Stops before ``terms`` once ``‖H q − v‖ ≤ rtol ‖v‖``. That residual is the next summand (times P), and so
+            costs no product.
 
     Returns:
-        The solution. Its status is ``STOPPED_AT_CAP``; ``CONVERGED`` where the start's residual is zero; ``DIVERGED``
+        The solution. Its status is ``STOPPED_AT_CAP``; ``CONVERGED`` where the start's residual is zero or the
+        tolerance was reached; ``DIVERGED``
         where the norms of the summands grow, which for a symmetric H they never stop doing once they do;
         ``NEGATIVE_CURVATURE`` where a summand p has pᵀHp < 0 beyond rounding.
     """
     q, residual, products = first_residual(operator, v, start)
     message = f"step size {step_size:.3g}"
-    if products and float(norm(residual)) == 0.0:
+    target = rtol * float(norm(v))
+    if products and float(norm(residual)) <= target:
         return Solution(q, Status.CONVERGED, products, message)
     summand = residual if preconditioner is None else preconditioner(residual)
     total = summand
     # The norm in which the summands of a symmetric H shrink or grow monotonously is ‖p‖_P, and Pp is the residual.
     norms, sizes, curvatures = [_length(summand, residual, preconditioner)], [], []
     probe = Probe(epsilon or machine_epsilon(v))
+    reached = False
     for _ in range(terms):
         product = operator(summand)
         if symmetric:
@@ -67,11 +73,16 @@ def neumann(
         summand = axpy(-step_size, scaled, summand)
         norms.append(_length(summand, residual, preconditioner))
         total = add(total, summand)
+        if rtol > 0.0 and float(norm(summand if preconditioner is None else residual)) <= target:
+            reached = True  # already without the summand that was just added
+            break
     q = axpy(step_size, total, q) if products else scale(step_size, total)
     status = _status(norms, sizes, curvatures, probe.epsilon)
+    if reached and status is Status.STOPPED_AT_CAP:
+        status = Status.CONVERGED
     if status is not Status.DIVERGED and probe.asymmetric:
         status, message = Status.NOT_SYMMETRIC, f"relative asymmetry {probe.asymmetry:.1e}"
-    return Solution(q, status, terms + products, message)
+    return Solution(q, status, len(curvatures) + products, message)
 
 
 def _length(summand: Tensors, residual: Tensors, preconditioner: Preconditioner | None) -> Tensor:

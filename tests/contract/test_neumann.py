@@ -165,6 +165,31 @@ def test_damping_makes_any_hessian_positive() -> None:
         assert result.info.status is Status.CONVERGED
 
 
+@forall(40, sample=samples(max_condition=1e3), rtol=logarithmic(1e-8, 0.5), terms=st.integers(0, 200))
+def test_stops_by_the_residual_or_at_the_cap(sample: Sample, rtol: float, terms: int) -> None:
+    step = 1 / float(sample.eigenvalues[-1])
+    info = solve(sample, Neumann(terms=terms, step_size=step, rtol=rtol)).info
+    assert info.products == info.iterations + 1 <= terms + 1
+    if info.status is Status.CONVERGED:
+        assert info.residual <= rtol * (1 + 1e-9)
+        # It stopped no later than one term after a sum that is accurate enough.
+        fewer = solve(sample, Neumann(terms=max(0, info.iterations - 2), step_size=step)).info
+        assert info.iterations < 2 or fewer.residual > rtol * (1 - 1e-6)
+    else:
+        assert info.status is Status.STOPPED_AT_CAP
+        assert info.iterations == terms
+        assert info.residual > rtol * (1 - 1e-9)
+
+
+def test_a_warm_start_that_is_accurate_enough_takes_no_term() -> None:
+    sample = quadratic()
+    method = Neumann(terms=200, rtol=1e-6, warm_start=True)
+    first = hypergradient(*sample.losses(), sample.inner, sample.outer, method, state={})
+    again = hypergradient(*sample.losses(), sample.inner, sample.outer, method, state=first.state)
+    assert first.info.status is again.info.status is Status.CONVERGED
+    assert again.info.products == 2 < first.info.products
+
+
 def test_identity_hessian_is_solved_by_the_first_summand() -> None:
     q, result = status_of(torch.eye(3, dtype=DOUBLE), Neumann(terms=0, step_size=1.0), torch.ones(3, dtype=DOUBLE))
     assert torch.equal(q, torch.ones(3, dtype=DOUBLE))
