@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from bilevel.result import Status
-from bilevel.vector import Tensors, axpy, norm, subtract, zeros_like
+from bilevel.vector import Tensors, add, axpy, dot, norm, subtract, zeros_like
 
 __all__ = ["Operator", "Preconditioner", "Solution", "damped", "first_residual", "gaussian", "machine_epsilon"]
 
@@ -48,15 +49,19 @@ def machine_epsilon(vector: Tensors) -> float:
     return max(torch.finfo(part.dtype).eps for part in vector)
 
 
-def first_residual(operator: Operator, v: Tensors, start: Tensors | None) -> tuple[Tensors, Tensors, int]:
+def first_residual(
+    operator: Operator, v: Tensors, start: Tensors | None, *, energy: bool = False
+) -> tuple[Tensors, Tensors, int]:
     """Returns where a solver begins, its residual ``v − Hq``, and the products that this took.
 
-    A start whose residual is larger than that of zero (or is not finite) is worse than none, and dropped.
+    A start that is worse than zero (or not finite) is dropped: one with a larger residual, or with ``energy`` one with
+    a larger error in the H-norm, ``‖q − q*‖²_H − ‖q*‖²_H = −qᵀ(v + r)`` with the residual r.
     """
     if start is None:
         return zeros_like(v), v, 0
     residual = subtract(v, operator(start))
-    if not float(norm(residual)) <= float(norm(v)):
+    gain = float(dot(start, add(v, residual))) if energy else float(norm(v)) - float(norm(residual))
+    if not 0.0 <= gain < math.inf:
         return zeros_like(v), v, 1
     return start, residual, 1
 

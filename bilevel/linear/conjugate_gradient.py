@@ -37,7 +37,7 @@ def conjugate_gradient(
         max_iterations: Cap on iterations, one product each; a start takes one more, for its residual.
         rtol: Stops once ``‖H q − v‖ ≤ rtol ‖v‖``; 0 runs to the cap, or to the dtype's round-off.
         epsilon: Relative round-off of the products, where it is larger than that of v.
-        start: The first iterate; zero without it, or where its residual is larger than that of zero.
+        start: The first iterate; zero without it, or where its error in the H-norm is larger than that of zero.
         preconditioner: ``r ↦ P⁻¹ r`` with P symmetric positive definite. Stopping goes by the residual itself.
 
     Returns:
@@ -46,7 +46,7 @@ def conjugate_gradient(
         ``p'ᵀ(Hp)`` differ for two successive directions: a probe that costs no product. ``DIVERGED`` where a product
         is not finite, or P shows not to be positive definite.
     """
-    q, residual, products = first_residual(operator, v, start)
+    q, residual, products = first_residual(operator, v, start, energy=True)
     goal = float(dot(v, v))
     direction, energy, squared = _precondition(preconditioner, residual)
     probe = Probe(epsilon or machine_epsilon(v))
