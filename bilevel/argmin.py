@@ -91,7 +91,8 @@ def argmin(
     """
     estimator = as_estimator(method)
     refuse_without_state(
-        estimator, "argmin differentiates every call by itself and keeps nothing; leave that field off"
+        estimator,
+        "argmin differentiates every call by itself and keeps nothing. Take warm_start=False, or a stateless method",
     )
     if not callable(inner_loss):
         raise ParameterError(

@@ -71,6 +71,8 @@ def hypergradient(
     estimator = as_estimator(method)
     if state is None:
         refuse_without_state(estimator, "pass state={} at the first call, and result.state to the next")
+    else:
+        _check_state(state)
     inner, inner_structure, outer, outer_structure = variables(inner_params, outer_params)
     passes = PassCount()
     replay = Replay(generator_devices(inner + outer))
@@ -94,6 +96,11 @@ def hypergradient(
         inner=inner_structure.rebuild([part.detach() for part in response.point]),
         state=pulled.state,
     )
+
+
+def _check_state(state: object) -> None:
+    if not isinstance(state, Mapping) or not all(isinstance(part, tuple) for part in state.values()):
+        raise ParameterError("state must be {} or the .state of an earlier result of the same method")
 
 
 def variables(inner_params: Any, outer_params: Any) -> tuple[Tensors, Structure, Tensors, Structure]:

@@ -203,6 +203,7 @@ def solve_adjoint(
     residual = float(norm(subtract(image, v))) / float(norm(v)) if size != 0.0 else 0.0
     mixed = scale(unit, mixed)
     status, message = _verdict(estimator, products, solution, residual, epsilon)
+    damping_note = f"the residual is that of the system damped by {damping:g}" if damping > 0.0 else ""
     if math.isnan(residual) or not is_finite(mixed):
         status = Status.DIVERGED
     if estimator.starts_warm() and not (status.failed and status is not Status.INACCURATE):
@@ -216,7 +217,7 @@ def solve_adjoint(
         error_bound_basis=bound.basis,
         inner_gradient_norm=slope,
         method=estimator.name,
-        message="; ".join(part for part in (message, bound.note) if part),
+        message="; ".join(part for part in (message, damping_note, bound.note) if part),
     )
     return Pullback(negative(mixed), info, kept)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bilevel.hypergrad.implicit import Iterative
-from bilevel.linear import LOST, Solution
+from bilevel.linear import LOST, Solution, rounding_allowance
 from bilevel.result import Status
 from bilevel.validation import check_integer, check_number
 
 __all__ = ["Krylov"]
+
+# Round-off above which products are in half precision.
+HALF = 1e-4
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Krylov(Iterative):
 
     def judge(self, solution: Solution, residual: float, epsilon: float) -> Status:
         """The recursion's residual drifts from the true one by rounding; the true one decides, up to round-off."""
-        solved = residual <= max(2 * self.rtol, 100 * epsilon)
+        solved = residual <= max(2 * self.rtol, rounding_allowance(epsilon))
         # A small residual is a right answer of a system that is no gradient's only where products are transposed.
         untold = solution.status is Status.NOT_SYMMETRIC and self.products == "finite_difference"
         if solved and solution.status is not Status.NEGATIVE_CURVATURE and not untold:
             return Status.CONVERGED
         if solution.status is Status.CONVERGED and residual > LOST:
+            if epsilon > HALF:
+                return Status.INACCURATE
             return Status.SINGULAR  # to working precision: the recursion converged to what is no solution
         return Status.STOPPED_AT_CAP if solution.status is Status.CONVERGED else solution.status

@@ -11,7 +11,7 @@ import torch
 from bilevel.hypergrad.base import State
 from bilevel.hypergrad.implicit import System
 from bilevel.hypergrad.preconditioning import Factors, Preconditioned
-from bilevel.linear import Operator, Solution, estimate_spectrum, neumann
+from bilevel.linear import Operator, Solution, estimate_spectrum, neumann, rounding_allowance
 from bilevel.result import Status
 from bilevel.validation import check_integer, check_number
 
@@ -102,7 +102,7 @@ class Neumann(Preconditioned):
         """A convergent series never leaves a residual above 1, whatever its length (in the norm of P⁻¹)."""
         if solution.status.failed:
             return solution.status
-        if residual <= max(self.rtol, 100 * epsilon):
+        if residual <= max(self.rtol, rounding_allowance(epsilon)):
             return Status.CONVERGED
         if solution.status is Status.CONVERGED:
             return Status.STOPPED_AT_CAP

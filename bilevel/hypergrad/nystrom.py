@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from bilevel.hypergrad.base import State
 from bilevel.hypergrad.implicit import Implicit, System
-from bilevel.linear import Solution, damped, nystrom
+from bilevel.linear import Solution, damped, nystrom, rounding_allowance
 from bilevel.result import Status
 from bilevel.validation import check_integer, check_number
 
@@ -66,6 +66,6 @@ class Nystrom(Implicit):
         """A residual above 1 is worse than that of no answer at all."""
         if solution.status.failed:
             return solution.status
-        if residual <= 100 * epsilon:
+        if residual <= rounding_allowance(epsilon):
             return Status.CONVERGED
         return Status.DIVERGED if residual > 1.0 else Status.STOPPED_AT_CAP

@@ -12,7 +12,7 @@ import torch
 from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State
 from bilevel.hypergrad.surroundings import Surroundings
-from bilevel.linear import machine_epsilon
+from bilevel.linear import machine_epsilon, rounding_allowance
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors, axpy, dot, is_finite, norm, scale, subtract, zeros_like
@@ -212,7 +212,7 @@ def _answer(estimator: Penalty, around: Surroundings, v: Tensors, descent: Desce
         status = Status.NEGATIVE_CURVATURE
     elif estimator.runs_away(descent, v, around):
         status = Status.DIVERGED
-    elif residual <= 100 * math.sqrt(machine_epsilon(around.inner)):
+    elif residual <= rounding_allowance(math.sqrt(machine_epsilon(around.inner))):
         status = Status.CONVERGED
     unsolved = factor * float(norm(around.slope)) / size
     if unsolved > 1.0:

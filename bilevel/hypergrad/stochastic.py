@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
-from bilevel.linear import Operator, machine_epsilon
+from bilevel.linear import Operator, machine_epsilon, rounding_allowance
 from bilevel.products import DifferenceProducts, GaussNewtonGraph, GradientGraph, Products
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_number
@@ -283,7 +283,7 @@ class Batches:
             lost = f"rounding changes the displacements of the difference products by {self._lost:.0%}"
             return Status.INACCURATE, lost
         epsilon = max(self._epsilon, *(machine_epsilon((part,)) for part in promote(self.problem.inner)))
-        if relative <= 100 * epsilon:
+        if relative <= rounding_allowance(epsilon):
             return Status.CONVERGED, ""
         if status.failed:
             return status, ""

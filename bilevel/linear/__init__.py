@@ -1,6 +1,6 @@
 """Solvers of ``H q = v`` from products alone, one a file. Pure functions; the operator's owner counts products."""
 
-from bilevel.linear.base import Operator, Preconditioner, Solution, damped, machine_epsilon
+from bilevel.linear.base import Operator, Preconditioner, Solution, damped, machine_epsilon, rounding_allowance
 from bilevel.linear.conjugate_gradient import conjugate_gradient
 from bilevel.linear.dense import dense, dense_matrix
 from bilevel.linear.gmres import gmres
@@ -31,4 +31,5 @@ __all__ = [
     "neumann",
     "nystrom",
     "richardson",
+    "rounding_allowance",
 ]

@@ -11,7 +11,16 @@ import torch
 from bilevel.result import Status
 from bilevel.vector import Tensors, add, axpy, dot, norm, subtract, zeros_like
 
-__all__ = ["Operator", "Preconditioner", "Solution", "damped", "first_residual", "gaussian", "machine_epsilon"]
+__all__ = [
+    "Operator",
+    "Preconditioner",
+    "Solution",
+    "damped",
+    "first_residual",
+    "gaussian",
+    "machine_epsilon",
+    "rounding_allowance",
+]
 
 Operator = Callable[[Tensors], Tensors]
 """A product ``q ↦ H q`` on tuples of tensors."""
@@ -37,6 +46,9 @@ class Solution:
     message: str = ""
 
 
+LARGEST_ALLOWANCE = 1e-2
+
+
 def damped(operator: Operator, damping: float) -> Operator:
     """Returns ``q ↦ (H + damping · I) q``."""
     if damping == 0.0:
@@ -47,6 +59,14 @@ def damped(operator: Operator, damping: float) -> Operator:
 def machine_epsilon(vector: Tensors) -> float:
     """Returns the largest unit round-off of the vector's dtypes."""
     return max(torch.finfo(part.dtype).eps for part in vector)
+
+
+def rounding_allowance(epsilon: float) -> float:
+    """Returns the relative residual that counts as rounding: ``100 ε``, and never more than a hundredth.
+
+    In half precision ``100 ε`` is most of the right-hand side, and no residual of that size is a solution's.
+    """
+    return min(100 * epsilon, LARGEST_ALLOWANCE)
 
 
 def first_residual(

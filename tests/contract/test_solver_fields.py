@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bilevel import ConjugateGradient, Engine, Hypergradient, Neumann, Problem, Status, hypergradient
-from bilevel.errors import ConfigError
+from bilevel.errors import ConfigError, ParameterError
 from bilevel.functional import FunctionObjective, PassCount, leaves
 from bilevel.hypergrad import Implicit, InnerProblem, Pullback
 from bilevel.hypergrad.gmres import GMRES
@@ -388,3 +388,31 @@ def test_products_by_differences_are_those_of_autodiff(sample: Sample, place: in
     assert passes.forward == passes.backward <= most
     assert len(sample.inner) == 1 or passes.forward == most
     assert not found.info.status.failed or found.info.status is exact.info.status
+
+
+@pytest.mark.parametrize("method", ["conjugate_gradient", "minres", "gmres", "neumann", "stocbio"])
+def test_a_residual_of_half_precisions_rounding_is_no_success(method: str) -> None:
+    # A hundred round-offs of bfloat16 are most of the right-hand side: answers 90 % off were called converged.
+    D = torch.tensor([1.0, 0.5, 0.1, 0.01], dtype=torch.bfloat16)
+    w = torch.ones(4, dtype=torch.bfloat16)
+    result = hypergradient(
+        lambda w, lam: 0.5 * (D * (w - lam) ** 2).sum(), lambda w, lam: w.sum(), w, w.clone(), method
+    )
+    assert result.info.status is not Status.CONVERGED or result.info.residual <= 1e-2
+    assert float((result.grad.float() - 1).abs().max()) > 0.5  # it is that far off
+
+
+def test_the_residual_says_that_it_is_the_damped_systems() -> None:
+    D = torch.tensor([1.0, 0.01], dtype=DOUBLE)
+    w = torch.ones(2, dtype=DOUBLE)
+    info = hypergradient(
+        lambda w, lam: 0.5 * (D * (w - lam) ** 2).sum(), lambda w, lam: w.sum(), w, w.clone(), "nystrom"
+    ).info
+    assert "the residual is that of the system damped by 0.01" in info.message
+
+
+@pytest.mark.parametrize("state", [[1], {"solution": "a"}, {"solution": [torch.ones(2)]}])
+def test_a_state_that_is_none_is_refused(state: Any) -> None:
+    w = torch.ones(2, dtype=DOUBLE)
+    with pytest.raises(ParameterError, match=r"state must be \{\} or the \.state of an earlier result"):
+        hypergradient(lambda w, lam: ((w - lam) ** 2).sum(), lambda w, lam: w.sum(), w, w.clone(), "cg", state=state)
