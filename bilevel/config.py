@@ -124,7 +124,7 @@ def dump_config(config: Any) -> dict[str, Any]:
 
     Example:
         >>> dump_config(RunConfig())["hypergradient"]
-        {'method': 'neumann', 'terms': 10, 'step_size': 'auto', 'damping': 0.0, 'curvature': 'hessian', ...}
+        {'method': 'neumann', 'terms': 10, 'step_size': 'auto', 'damping': 0.0, 'rtol': 0.0, ...}
     """
     if isinstance(config, type) or not dataclasses.is_dataclass(config):
         raise ConfigError(f"a configuration must be a dataclass object, not {config!r}")
