@@ -90,6 +90,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.hypergradient_method = as_estimator("neumann" if hypergradient is None else hypergradient)
         self.callbacks = tuple(callbacks)
+        self.stop_reason = ""
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.step_count = 0
         self.skipped_steps = 0
@@ -176,7 +177,18 @@ class Engine:
         for problem in self.problems.values():
             problem.on_step_end(result)
         self._call("on_step_end", result)
+        if self.config.evaluate_every and self.step_count % self.config.evaluate_every == 0:
+            self.evaluate()
+        self._call("on_step_complete", result)
         return result
+
+    def stop(self, reason: str) -> None:
+        """Lets :meth:`run` end after the present step.
+
+        Args:
+            reason: Why; kept as :attr:`stop_reason` until the next run starts.
+        """
+        self.stop_reason = reason
 
     def run(self, steps: int | None = None) -> StepResult:
         """Runs outer steps, with a progress bar unless the configuration says otherwise.
@@ -196,14 +208,15 @@ class Engine:
         kept = self.callbacks
         if self.config.progress and distributed.rank() == 0 and not any(isinstance(c, Progress) for c in kept):
             self.callbacks = (*kept, Progress())
+        self.stop_reason = ""
         try:
             for problem in self.problems.values():
                 problem.on_run_start(total)
             self._call("on_run_start", total)
             for _ in range(total):
                 result = self.step()
-                if self.config.evaluate_every and self.step_count % self.config.evaluate_every == 0:
-                    self.evaluate()
+                if self.stop_reason:
+                    break
         finally:
             self._call("on_run_end")
             self.callbacks = kept

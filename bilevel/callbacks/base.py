@@ -61,6 +61,16 @@ class Callback:
             metrics: Values by ``"problem/metric"``.
         """
 
+    def on_step_complete(self, engine: Engine, result: StepResult) -> None:
+        """Called when every callback has seen the step, and its evaluation if there was one.
+
+        The engine's state is complete here, callbacks' included: what saves it belongs here.
+
+        Args:
+            engine: The engine that stepped.
+            result: What the step did.
+        """
+
     def on_run_end(self, engine: Engine) -> None:
         """Called once when ``run()`` ends, also where it ends by an exception.
 
