@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from torch import OutOfMemoryError as TorchOutOfMemoryError
+
 __all__ = [
     "BilevelError",
     "BilevelWarning",
@@ -20,8 +22,10 @@ __all__ = [
     "HypergradientCheckError",
     "LossError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "ParameterError",
     "SolveError",
+    "SolveTimeoutError",
     "UnknownNameError",
     "unknown_name",
 ]
@@ -61,6 +65,14 @@ class NonFiniteError(BilevelError, ArithmeticError):
 
 class SolveError(BilevelError, ArithmeticError):
     """A hypergradient's linear solve failed and the caller asked for an exception."""
+
+
+class SolveTimeoutError(SolveError, TimeoutError):
+    """A hypergradient took longer than ``EngineConfig.solve_timeout``."""
+
+
+class OutOfMemoryError(BilevelError, TorchOutOfMemoryError, MemoryError):
+    """Memory ran out in a step; the message says in which pass. The step is undone, and the memory it held is free."""
 
 
 class DataError(BilevelError, ValueError):
