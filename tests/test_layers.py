@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module imports from layers below its own and from its own package, never sideways or upward.
 LAYERS = (
     ("errors", "precision", "randomness", "result", "vector"),
-    ("checkpoint", "data", "double_backward", "hooks", "optim", "sources", "structure", "validation"),
+    ("interrupt",),
+    ("checkpoint", "data", "double_backward", "faults", "hooks", "optim", "sources", "structure", "validation"),
     ("engine_state", "feed", "functional"),
     ("distributed", "linear", "products"),
     ("hypergrad",),
