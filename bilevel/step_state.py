@@ -1,0 +1,111 @@
+"""What an optimiser and a scheduler hold: kept in memory for the length of a step, or as data for a file."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from bilevel.stepping import Scheduler
+
+__all__ = ["Kept", "load_scheduler_state", "scheduler_state"]
+
+
+class Kept:
+    """The state of an optimiser and its scheduler now, to go back to.
+
+    Args:
+        optimizer: The optimiser.
+        scheduler: Its scheduler, if any.
+        shared: Objects that callables of the scheduler may hold and that are not part of its state, modules say: they
+            are not copied. The optimiser and its parameters are among them always.
+    """
+
+    def __init__(self, optimizer: Optimizer, scheduler: Scheduler | None, shared: Iterable[object] = ()) -> None:
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        self._shared = {id(part): part for part in (optimizer, *held, *shared)}
+        self._state = {key: self._copied(value) for key, value in optimizer.state.items()}
+        self._groups = [
+            (group, {key: self._copied(value) for key, value in group.items() if key != "params"})
+            for group in optimizer.param_groups
+        ]
+        self._schedule = None if scheduler is None else self._copied(scheduler.state_dict())
+
+    def restore(self) -> None:
+        """Puts everything back; tensors in place."""
+        if self._scheduler is not None:
+            # First, because GreedyLR sets learning rates here.
+            load_scheduler_state(self._scheduler, self._copied(self._schedule))
+        self._put_parts(self._optimizer.state, self._state)
+        for group, settings in self._groups:
+            self._put_parts(group, {"params": group["params"], **settings})
+
+    def _put_parts(self, live: dict[Any, Any], kept: Mapping[Any, Any]) -> None:
+        for key in [key for key in live if key not in kept]:
+            del live[key]
+        for key, part in kept.items():
+            if key not in live or live[key] is not part:
+                live[key] = self._put(live.get(key), part)
+
+    def _put(self, live: Any, kept: Any) -> Any:
+        if isinstance(kept, dict) and isinstance(live, dict):
+            self._put_parts(live, kept)
+            return live
+        if isinstance(kept, Tensor) and isinstance(live, Tensor):
+            same = live.shape == kept.shape and live.dtype == kept.dtype and live.device == kept.device
+            if same:
+                with torch.no_grad():
+                    return live.copy_(kept)
+        return self._copied(kept)
+
+    def _copied(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone()
+        if type(value) is dict:
+            return {key: self._copied(part) for key, part in value.items()}
+        return copy.deepcopy(value, dict(self._shared))
+
+
+def scheduler_state(scheduler: Scheduler) -> dict[str, Any]:
+    """Returns a scheduler's state in containers of its own, which a checkpoint can hold."""
+    state = _plain(scheduler.state_dict())
+    assert isinstance(state, dict)
+    return state
+
+
+def load_scheduler_state(scheduler: Scheduler, state: Mapping[str, Any]) -> None:
+    """Gives a scheduler the state that :func:`scheduler_state` returned, and leaves ``state`` as it is.
+
+    Some schedulers take apart what they are given (``CyclicLR``); others need containers of the kind they had
+    (``MultiStepLR`` counts its milestones).
+    """
+    scheduler.load_state_dict({key: _like(scheduler.state_dict().get(key), part) for key, part in state.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(part) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value
+
+
+def _like(live: Any, saved: Any) -> Any:
+    """Returns the saved value in containers of its own; where the live one is a counter, so is this."""
+    if isinstance(saved, Mapping):
+        parts: Mapping[Any, Any] = live if isinstance(live, Mapping) else {}
+        made = {key: _like(parts.get(key), part) for key, part in saved.items()}
+        return Counter(made) if isinstance(live, Counter) else made
+    if isinstance(saved, list):
+        old = live if isinstance(live, list) and len(live) == len(saved) else [None] * len(saved)
+        return [_like(*pair) for pair in zip(old, saved, strict=True)]
+    return saved

@@ -1,0 +1,238 @@
+"""A problem's updates, made by the user's own optimiser and scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bilevel.errors import ConfigError, ParameterError, unknown_name
+
+__all__ = ["EVALUATE", "Scheduler", "Stepper", "check_optimizer", "make_scheduler"]
+
+EVALUATE = "evaluate/"
+"""What the name of a metric starts with that comes from a problem's ``evaluate()``."""
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """What every learning-rate scheduler has: torch's own, those of transformers, or the user's."""
+
+    optimizer: Optimizer
+
+    @property
+    def step(self) -> Callable[..., None]:
+        """Moves on by one step; with a metric where it asks for one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state back."""
+
+
+class Stepper:
+    """Makes updates with gradients that were taken elsewhere, as a hand-written loop would after ``backward()``.
+
+    The optimiser and the scheduler are the user's objects; neither is rebuilt, and whatever ``.grad`` parameters hold
+    stays theirs.
+
+    Args:
+        name: The problem's name, for messages.
+        optimizer: A torch optimiser.
+        owned: Its parameters that require gradients, by name, in the order in which gradients will come.
+        scheduler: A learning-rate scheduler of this optimiser, or a callable that makes one from it.
+        scheduler_metric: Which number a scheduler that asks for one is given (``ReduceLROnPlateau``): ``"loss"``, the
+            default, or another value that the problem's loss returns, both after each update; or ``"evaluate/NAME"``
+            for one that its ``evaluate()`` returns, after each evaluation and only then.
+        max_grad_norm: Clips the gradients' norm.
+
+    Raises:
+        ConfigError: An optimiser that an engine cannot drive, or a scheduler of another one; a metric for a scheduler
+            that asks for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        optimizer: Optimizer,
+        owned: Mapping[str, Tensor],
+        *,
+        scheduler: Scheduler | Callable[[Optimizer], Scheduler] | None = None,
+        scheduler_metric: str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        check_optimizer(name, optimizer)
+        self._name = name
+        self._names = tuple(owned)
+        self._parameters = tuple(owned.values())
+        self._max_grad_norm = max_grad_norm
+        self.optimizer = optimizer
+        self.scheduler = None if scheduler is None else make_scheduler(name, scheduler, optimizer)
+        self.metric = _metric(name, self.scheduler, scheduler_metric)
+
+    @property
+    def needs_evaluation(self) -> bool:
+        """Whether the scheduler waits for a metric of ``evaluate()``."""
+        return self.metric is not None and self.metric.startswith(EVALUATE)
+
+    def check(self) -> None:
+        """Raises where the optimiser does not hold what it held when the problem was made.
+
+        Raises:
+            ParameterError: A parameter was added to the optimiser, taken out of it, frozen or unfrozen.
+        """
+        trainable = [p for p in _held(self.optimizer) if p.requires_grad]
+        if len(trainable) == len(self._parameters) and all(map(_same, trainable, self._parameters)):
+            return
+        now, before = {id(p) for p in trainable}, {id(p): n for n, p in zip(self._names, self._parameters, strict=True)}
+        more = [tuple(p.shape) for p in trainable if id(p) not in before]
+        less = [name for key, name in before.items() if key not in now]
+        changes = [f"{len(more)} it did not hold or that were frozen (shapes {more[:3]})"] if more else []
+        changes += [f"{', '.join(less[:3])}{', …' if len(less) > 3 else ''} no longer"] if less else []
+        raise ParameterError(
+            f"the optimizer of problem {self._name!r} holds other trainable parameters than when the problem was made: "
+            f"{' and '.join(changes) or 'the same ones in another order'}. What a problem owns is fixed when it is "
+            "made: make the problem and its engine again after add_param_group() or a change of requires_grad."
+        )
+
+    def update(self, gradients: Sequence[Tensor], values: Mapping[str, Any]) -> None:
+        """Makes one update of the owned parameters, and moves the scheduler on.
+
+        Args:
+            gradients: One a parameter; they are copied, not changed.
+            values: What the loss returned: ``"loss"`` and further metrics. Read only where the scheduler asks.
+
+        Raises:
+            ParameterError: See :meth:`check`.
+            UnknownNameError: The scheduler asks for a metric that the loss did not return; the update has been made.
+        """
+        self.check()
+        held = _held(self.optimizer)
+        kept = [p.grad for p in held]
+        try:
+            for p in held:  # a frozen parameter with a gradient of its own would be moved by it
+                p.grad = None
+            for p, grad in zip(self._parameters, gradients, strict=True):
+                p.grad = _copied(grad, p)
+            if self._max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            self.optimizer.step()
+        finally:
+            for p, grad_before in zip(held, kept, strict=True):
+                p.grad = grad_before
+        if self.scheduler is None or self.needs_evaluation:
+            return
+        if self.metric is None:
+            self.scheduler.step()
+            return
+        if self.metric not in values:
+            raise unknown_name(f"scheduler_metric of problem {self._name!r}", self.metric, values)
+        self.scheduler.step(_number(values[self.metric]))
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Moves a scheduler on that waits for a metric of ``evaluate()``; does nothing otherwise.
+
+        Args:
+            metrics: What the problem's ``evaluate()`` returned.
+
+        Raises:
+            UnknownNameError: The metric is not among them.
+        """
+        if self.scheduler is None or self.metric is None or not self.needs_evaluation:
+            return
+        key = self.metric.removeprefix(EVALUATE)
+        if key not in metrics:
+            choices = [EVALUATE + name for name in metrics]
+            raise unknown_name(f"scheduler_metric of problem {self._name!r}", self.metric, choices)
+        self.scheduler.step(_number(metrics[key]))
+
+
+def check_optimizer(name: str, optimizer: Optimizer) -> None:
+    """Raises for an optimiser that cannot be driven with gradients that were taken elsewhere.
+
+    Raises:
+        ConfigError: Its ``step`` must be given a closure (LBFGS), or it wants sparse gradients (SparseAdam).
+    """
+    kind = type(optimizer).__name__
+    if _required_arguments(optimizer.step):
+        raise ConfigError(
+            f"optimizer of problem {name!r}: {kind}.step() must be given a closure, that is, it evaluates the loss by "
+            "itself and cannot be driven by an engine. Use one that takes a step with given gradients: SGD, Adam, …"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ConfigError(
+            f"optimizer of problem {name!r}: SparseAdam takes sparse gradients only, and an engine's gradients are "
+            "dense, those of nn.Embedding(sparse=True) too. Use Adam, or Adagrad, whose zero gradients move nothing."
+        )
+
+
+def make_scheduler(
+    name: str, scheduler: Scheduler | Callable[[Optimizer], Scheduler], optimizer: Optimizer
+) -> Scheduler:
+    """Returns the scheduler, made from the optimiser where a callable came.
+
+    Raises:
+        ConfigError: It is none, or that of another optimiser.
+    """
+    made = scheduler if isinstance(scheduler, Scheduler) else scheduler(optimizer)
+    if not isinstance(made, Scheduler):
+        raise ConfigError(
+            f"scheduler of problem {name!r} must be a learning-rate scheduler (with step, state_dict, load_state_dict "
+            f"and optimizer) or a callable that makes one from the optimizer, not {type(made).__name__}"
+        )
+    if made.optimizer is not optimizer:
+        raise ConfigError(
+            f"scheduler of problem {name!r}: this {type(made).__name__} belongs to another optimizer than the "
+            f"problem's {type(optimizer).__name__}, and would change nothing here. Make it from the problem's own, or "
+            "pass a callable: scheduler=lambda optimizer: …"
+        )
+    return made
+
+
+def _metric(name: str, scheduler: Scheduler | None, metric: str | None) -> str | None:
+    asked = scheduler is not None and bool(_required_arguments(scheduler.step))
+    if metric is None:
+        return "loss" if asked else None
+    if not asked:
+        kind = "it has no scheduler" if scheduler is None else f"{type(scheduler).__name__}.step() asks for none"
+        raise ConfigError(f"problem {name!r} has scheduler_metric={metric!r}, but {kind}: leave it out")
+    if metric in ("", EVALUATE):
+        raise ConfigError(
+            f"scheduler_metric of problem {name!r} must name a value of its loss, 'loss' say, or 'evaluate/NAME', not "
+            f"{metric!r}"
+        )
+    return metric
+
+
+def _required_arguments(function: Callable[..., Any]) -> list[str]:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left is right
+
+
+def _copied(grad: Tensor, parameter: Tensor) -> Tensor:
+    """Returns a gradient in the parameter's dtype and layout.
+
+    Clipping and some optimisers (SGD with Nesterov's momentum and ``foreach``) change gradients in place, and autograd
+    may return one tensor for two parameters, an expanded one, or one that a custom function still holds.
+    """
+    dense = grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
+    with torch.no_grad():
+        return torch.empty_like(parameter, requires_grad=False).copy_(dense)
+
+
+def _number(value: Any) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
