@@ -18,7 +18,7 @@ LAYERS = (
     ("errors", "precision", "randomness", "result", "vector"),
     ("interrupt",),
     ("checkpoint", "data", "double_backward", "faults", "hooks", "optim", "sources", "structure", "validation"),
-    ("engine_state", "feed", "functional"),
+    ("engine_state", "feed", "functional", "loss_scale", "step_state", "stepping"),
     ("distributed", "linear", "products"),
     ("hypergrad",),
     ("implicit_function", "single_loop"),
