@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
@@ -12,7 +14,22 @@ from torch.autograd.graph import Node
 from bilevel.errors import LossError
 from bilevel.vector import Tensors
 
-__all__ = ["refuse_once_differentiable", "second_derivative_errors"]
+__all__ = ["Obstacle", "obstacles", "refuse_obstacles", "refuse_once_differentiable", "second_derivative_errors"]
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """An operation that has no second derivative.
+
+    Attributes:
+        node: Name of its node in the graph.
+        operation: What a user calls it.
+        remedy: What does the same and has one.
+    """
+
+    node: str
+    operation: str
+    remedy: str
 
 
 @contextmanager
@@ -34,12 +51,66 @@ def second_derivative_errors(name: str) -> Iterator[None]:
         raise
 
 
-def _no_second_derivative(name: str, reason: str) -> LossError:
+def _no_second_derivative(
+    name: str,
+    reason: str,
+    remedy: str = "replace the operation (for attention: the math back end, "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or eager attention)",
+) -> LossError:
     return LossError(
         f"the loss of {name} cannot be differentiated twice: {reason}. Give the method products='finite_difference', "
-        "or use method 'finite_difference': both need first derivatives only. Or replace the operation (for "
-        "attention: the math back end, torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or eager attention)."
+        f"or use method 'finite_difference': both need first derivatives only. Or {remedy}."
     )
+
+
+def obstacles(value: Tensor, inputs: Sequence[Tensor]) -> list[Obstacle]:
+    """Returns the operations without a second derivative that lie between a loss and any of its inputs, each once.
+
+    Looks at the forward graph, so that nothing is computed: about a microsecond a node. An operation whose gradient is
+    constant (an embedding bag under a linear loss) is no obstacle in the end; :func:`refuse_obstacles` makes sure.
+    """
+    found: dict[str, Obstacle] = {}
+    wanted = {id(part) for part in inputs}
+    for node in _reachable(value.grad_fn):
+        known = _OBSTACLES.get(node.name())
+        if known is None and _is_once_differentiable(node):
+            function = type(node).__name__.removesuffix("Backward")
+            known = (f"the custom function {function}, which is marked once_differentiable", _DROP_MARK)
+        if known is not None and node.name() not in found and _leads_to(node, wanted):
+            found[node.name()] = Obstacle(node.name(), *known)
+    return sorted(found.values(), key=lambda obstacle: obstacle.node)
+
+
+def refuse_obstacles(value: Tensor, inputs: Tensors, name: str) -> None:
+    """Raises where a loss cannot be differentiated twice, naming the operation and what to do.
+
+    For use once, before the first product. Where the graph holds a suspect, a second derivative is tried: 2 backward
+    passes. The graph is kept.
+
+    Args:
+        value: The loss.
+        inputs: What it is to be differentiated by: leaves.
+        name: Whose loss it is, for the message.
+
+    Raises:
+        LossError: It cannot.
+    """
+    found = obstacles(value, inputs)
+    if not found:
+        return
+    first = found[0]
+    error = _no_second_derivative(name, f"{first.operation} ({first.node}) has no second derivative", first.remedy)
+    if any(obstacle.remedy == _DROP_MARK for obstacle in found):  # passes over in silence
+        raise error
+    try:
+        grads: Sequence[Tensor | None] = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+        curved = [grad for grad in grads if grad is not None and grad.requires_grad]
+        if curved:
+            torch.autograd.grad(curved, inputs, [torch.zeros_like(g) for g in curved], allow_unused=True)
+    except RuntimeError as cause:
+        if any(sign in str(cause) for sign in _NO_SECOND_DERIVATIVE):
+            raise error from cause
+        raise
 
 
 def refuse_once_differentiable(value: Tensor, inputs: Tensors, name: str) -> None:
@@ -48,14 +119,16 @@ def refuse_once_differentiable(value: Tensor, inputs: Tensors, name: str) -> Non
     Asked for particular inputs, autograd finds no path through what such a function returns and leaves its part of the
     second derivative out, without a word. Walks the forward graph: about a microsecond a node.
     """
-    nodes = _reachable(value.grad_fn)
-    for node in nodes:
-        if not _is_once_differentiable(node):
-            continue
-        leaves_below = {id(getattr(below, "variable", None)) for below in _reachable(node)}
-        if any(id(part) in leaves_below for part in inputs):
+    wanted = {id(part) for part in inputs}
+    for node in _reachable(value.grad_fn):
+        if _is_once_differentiable(node) and _leads_to(node, wanted):
             function = type(node).__name__.removesuffix("Backward")
             raise _no_second_derivative(name, f"the custom function {function} is marked once_differentiable")
+
+
+def _leads_to(node: Node, wanted: set[int]) -> bool:
+    """Whether a node's inputs come from any of the tensors with these ids."""
+    return any(id(getattr(below, "variable", None)) in wanted for below in _reachable(node))
 
 
 def _is_once_differentiable(node: Node) -> bool:
@@ -85,4 +158,43 @@ _NO_SECOND_DERIVATIVE: Mapping[str, str] = {
     "derivative for aten::": "an operation has no second derivative",
     "derivative for '": "an operation has no second derivative",
     "does not currently support double backward": "compiled graphs have no second derivative",
+}
+
+_DROP_MARK = "drop the mark, and write its backward in differentiable operations"
+_FUSED_ATTENTION = (
+    "fused attention",
+    "run it under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or load the model with eager attention "
+    "(attn_implementation='eager' in transformers)",
+)
+_CTC = ("CTC loss", "keep the CTC loss to problems that nothing is differentiated through")
+_CUDNN = ("a cuDNN RNN", "run it under torch.backends.cudnn.flags(enabled=False)")
+_COMPILED = (
+    "a module or function compiled by torch.compile",
+    "give the problem the module as it was before torch.compile; torch.compile(…, backend='eager') has one too",
+)
+_DISTANCES = "write the distances in elementary operations: (a[:, None] - b[None]).square().sum(-1).sqrt()"
+
+# Found by differentiating every operation of torch's own test table twice, on the CPU and on CUDA.
+_OBSTACLES: Mapping[str, tuple[str, str]] = {
+    "ScaledDotProductFlashAttentionForCpuBackward0": _FUSED_ATTENTION,
+    "ScaledDotProductFlashAttentionBackward0": _FUSED_ATTENTION,
+    "ScaledDotProductEfficientAttentionBackward0": _FUSED_ATTENTION,
+    "ScaledDotProductCudnnAttentionBackward0": _FUSED_ATTENTION,
+    "ScaledDotProductFusedAttentionOverrideableBackward0": _FUSED_ATTENTION,
+    "FlashAttentionBackward0": _FUSED_ATTENTION,
+    "EfficientAttentionBackward0": _FUSED_ATTENTION,
+    "CompiledFunctionBackward": _COMPILED,
+    "CudnnRnnBackward0": _CUDNN,
+    "MiopenRnnBackward0": _CUDNN,
+    "CtcLossBackward0": _CTC,
+    "CtcLossBackward1": _CTC,
+    "CudnnCtcLossBackward0": _CTC,
+    "CdistBackward0": ("torch.cdist", _DISTANCES),
+    "PdistBackward0": ("torch.nn.functional.pdist", _DISTANCES),
+    "EmbeddingBagBackward0": ("nn.EmbeddingBag", "use nn.Embedding and sum or average what it returns"),
+    "HardsigmoidBackward0": ("hardsigmoid", "write it as torch.nn.functional.relu6(x + 3) / 6"),
+    "MultiMarginLossBackward0": ("multi_margin_loss", "write it with relu"),
+    "MultilabelMarginLossBackward0": ("multilabel_margin_loss", "write it with relu"),
+    "SegmentReduceBackward0": ("torch.segment_reduce", "use index_add or scatter_reduce"),
+    "SparseMmReduceImplBackward0": ("torch.sparse.mm with reduce", "use torch.sparse.mm without it"),
 }
