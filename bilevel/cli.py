@@ -21,9 +21,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from bilevel.callbacks.checkpoints import Checkpoints
 from bilevel.check import REFERENCES, hypergradcheck
 from bilevel.config import RunConfig, dump_config, load_config
 from bilevel.engine import Engine
+from bilevel.engine_state import resume_engine
 from bilevel.errors import BilevelError, ConfigError
 from bilevel.hypergrad import Estimator, as_estimator, available_methods
 from bilevel.recipe import Recipe, RecipeError, load_recipe, place_in
@@ -73,20 +75,34 @@ def run(
         Path | None, typer.Option("--output", "-o", help="Folder for state, settings and summary.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into an output folder that exists.")] = False,
+    checkpoints: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to save complete states.", show_default=False)
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Outer steps from one checkpoint to the next.")] = 100,
+    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints stay.")] = 3,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest good checkpoint, up to engine.steps in total.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Trains what a recipe builds."""
     with _reported(debug, recipe):
+        if resume and checkpoints is None:
+            raise ConfigError("--resume needs --checkpoints FOLDER, which says what to go on from")
         shortcuts = {"engine.steps": steps, "engine.seed": seed}
         made, settings = _settings(recipe, config, overrides, shortcuts)
-        folder = None if output is None else _Folder(output, overwrite)
+        folder = None if output is None else _Folder(output, overwrite or resume)
         engine = _build(made, settings)
+        if checkpoints is not None:
+            engine.callbacks = (*engine.callbacks, Checkpoints(checkpoints, every=every, keep=keep))
+            if resume and _resumed(engine, checkpoints) >= engine.config.steps:
+                return
         if folder is not None:
             folder.write_settings(settings)
         started = time.perf_counter()
         try:
             with made.located():
-                result = engine.run()
+                result = engine.run(engine.config.steps - engine.step_count if resume else None)
         except BaseException:
             if folder is not None and engine.step_count:
                 folder.write_state(engine)
@@ -198,6 +214,19 @@ def _build(made: Recipe, settings: RunConfig[Any]) -> Engine:
             stacklevel=2,
         )
     return engine
+
+
+def _resumed(engine: Engine, folder: Path) -> int:
+    """Loads the newest good checkpoint, says so, and returns how many steps have been taken."""
+    found, total = resume_engine(engine, folder), engine.config.steps
+    if found is None:
+        text = f"no checkpoint in {folder}: starting at step 0"
+    elif found < total:
+        text = f"resumed after step {found} of {total} from {folder}"
+    else:
+        text = f"nothing left to do: {found} of {total} steps have been taken, as {folder} says"
+    _messages().print(Text(text), soft_wrap=True)
+    return found or 0
 
 
 class _Folder:
