@@ -159,7 +159,7 @@ def check_optimizer(name: str, optimizer: Optimizer) -> None:
         ConfigError: Its ``step`` must be given a closure (LBFGS), or it wants sparse gradients (SparseAdam).
     """
     kind = type(optimizer).__name__
-    if _required_arguments(optimizer.step):
+    if _required_arguments(type(optimizer).step):  # schedulers put a wrapper around that of the object
         raise ConfigError(
             f"optimizer of problem {name!r}: {kind}.step() must be given a closure, that is, it evaluates the loss by "
             "itself and cannot be driven by an engine. Use one that takes a step with given gradients: SGD, Adam, …"
@@ -179,7 +179,7 @@ def make_scheduler(
     Raises:
         ConfigError: It is none, or that of another optimiser.
     """
-    made = scheduler if isinstance(scheduler, Scheduler) else scheduler(optimizer)
+    made: object = scheduler(optimizer) if not isinstance(scheduler, Scheduler) and callable(scheduler) else scheduler
     if not isinstance(made, Scheduler):
         raise ConfigError(
             f"scheduler of problem {name!r} must be a learning-rate scheduler (with step, state_dict, load_state_dict "
@@ -195,7 +195,7 @@ def make_scheduler(
 
 
 def _metric(name: str, scheduler: Scheduler | None, metric: str | None) -> str | None:
-    asked = scheduler is not None and bool(_required_arguments(scheduler.step))
+    asked = scheduler is not None and bool(_required_arguments(type(scheduler).step))
     if metric is None:
         return "loss" if asked else None
     if not asked:
@@ -210,8 +210,9 @@ def _metric(name: str, scheduler: Scheduler | None, metric: str | None) -> str |
 
 
 def _required_arguments(function: Callable[..., Any]) -> list[str]:
+    """Returns what a method, as its class has it, must be given besides its object."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
+    _, *parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
 
 
