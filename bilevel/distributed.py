@@ -7,12 +7,30 @@ import torch.distributed as dist
 from bilevel.functional import Reduce
 from bilevel.vector import Tensors
 
-__all__ = ["rank", "reducer"]
+__all__ = ["mean", "rank", "reducer", "size"]
 
 
 def rank() -> int:
     """Returns this process's rank; 0 without torch.distributed."""
     return dist.get_rank() if _initialised() else 0
+
+
+def size() -> int:
+    """Returns the number of processes; 1 without torch.distributed."""
+    return dist.get_world_size() if _initialised() else 1
+
+
+def mean(value: float | None) -> float | None:
+    """Returns the mean of a number over the ranks, the same bits on each of them; None where a rank has none.
+
+    Decisions that all ranks must take alike rest on this. Every rank must call it.
+    """
+    if size() == 1:
+        return value
+    gathered: list[float | None] = [None] * size()
+    dist.all_gather_object(gathered, value)
+    known = [one for one in gathered if one is not None]
+    return sum(known) / len(known) if len(known) == len(gathered) else None
 
 
 def reducer() -> Reduce:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,23 +23,29 @@ from bilevel.errors import (
     BilevelWarning,
     ConfigError,
     GraphError,
-    NonFiniteError,
     SolveError,
+    SolveTimeoutError,
     unknown_name,
 )
+from bilevel.faults import Activity, Work, explained
 from bilevel.feed import Feed
 from bilevel.functional import ParameterSlots, PassCount, buffers_protected
-from bilevel.hypergrad import Estimator, Pullback, State, Unrolled, as_estimator
+from bilevel.hypergrad import Estimator, Exact, Pullback, State, Unrolled, as_estimator
+from bilevel.interrupt import Shield, StopSignals
+from bilevel.loss_scale import LossScale
 from bilevel.problems import Dependencies, Problem, discover
-from bilevel.problems.differentiate import Differentiator, InnerRecord, LossGradient, RecordedUpdate
+from bilevel.problems.differentiate import Differentiator
+from bilevel.problems.gradients import Gradients
 from bilevel.problems.graph import check_ownership
 from bilevel.problems.losses import NestedLosses, nested_losses
-from bilevel.problems.method_check import check_method
-from bilevel.randomness import capture, preserved
-from bilevel.result import Hypergradient, SolveInfo, StepResult
+from bilevel.problems.method_check import check_levels, check_method, check_structure
+from bilevel.problems.records import InnerRecord
+from bilevel.problems.schedule import Round, schedule
+from bilevel.randomness import preserved
+from bilevel.result import Hypergradient, SolveInfo, Status, StepResult
 from bilevel.settings import EngineConfig
 from bilevel.snapshot import Snapshot
-from bilevel.vector import norm
+from bilevel.step import NonFiniteStepError, Report, Step
 
 __all__ = ["Engine"]
 
@@ -47,7 +54,8 @@ class Engine:
     """Runs nested problems.
 
     One outer step is every inner problem's ``steps`` updates, then one update of every outer problem with its
-    hypergradient at the *new* inner parameters.
+    hypergradient at the *new* inner parameters. With more levels the same holds at each: before every update of a
+    problem, the problems below it take their ``steps`` updates.
 
     Args:
         problems: Top level first. Who depends on whom is found by evaluating each loss once; see :attr:`dependencies`.
@@ -97,19 +105,22 @@ class Engine:
         self.passes = PassCount()
         _check_arguments(problems, self.config, self.callbacks)
         check_ownership(problems)
-        self._slots = ParameterSlots(problem.module for problem in problems)
+        slots = ParameterSlots(problem.module for problem in problems)
         every = {id(m): m for problem in problems for m in problem.module.modules()}.values()
         self._modules = tuple(module for module in every if module._buffers)
         self.streams = {
             name: BatchStream(problem.data, name, self.config.seed) for name, problem in self.problems.items()
         }
-        self._differentiator = Differentiator(
-            self.problems, self._slots, self.passes, distributed.reducer(), self._autocast
+        self.scales = {name: LossScale(name) for name in self.problems} if self.config.precision == "float16" else {}
+        self._activity = Activity()
+        self._gradients = Gradients(
+            self.problems, slots, self.passes, distributed.reducer(), self._activity, self._autocast, self.scales
         )
         self.estimator_states: dict[str, dict[str, State]] = {}
         self._records: dict[str, InnerRecord] = {}
+        self._snapshot = Snapshot(problems, every, self._gradients.devices, self.streams, self.scales, self.passes)
         self._warned: set[tuple[str, str]] = set()
-        self._dependencies: Dependencies | None = None
+        self._plan: tuple[Differentiator, Round] | None = None
         for problem in problems:
             problem.attach(self.problems)
         self._discover_early()
@@ -117,17 +128,12 @@ class Engine:
     @property
     def dependencies(self) -> Dependencies:
         """Who depends on whom."""
-        if self._dependencies is None:
-            self._discover(Feed(self.streams))
-        assert self._dependencies is not None
-        return self._dependencies
+        return self._planned(Feed(self.streams))[0].dependencies
 
     @property
     def estimators(self) -> dict[str, Estimator]:
         """The method by which each inner problem is differentiated."""
-        return {
-            name: self.problems[name].hypergradient or self.hypergradient_method for name in self.dependencies.inner
-        }
+        return dict(self._planned(Feed(self.streams))[0].estimators)
 
     def step(self, batches: Mapping[str, Any] | None = None) -> StepResult:
         """Runs one outer step.
@@ -146,24 +152,13 @@ class Engine:
         """
         started, before = time.perf_counter(), self.passes.copy()
         feed = Feed(self.streams, batches)
-        if self._dependencies is None:
-            self._discover(feed)
+        self._planned(feed)
         for problem in self.problems.values():
-            problem.on_step_start()
-        report = _Report()
-        problems = list(self.problems.values())
-        snapshot = Snapshot(problems, self._modules) if self.config.restore_on_error else None
-        skipped = None
-        try:
-            self._step(feed, report)
-        except BaseException as error:
-            if snapshot is not None:
-                snapshot.restore()
-            if not isinstance(error, _NonFiniteStepError) or self.config.on_non_finite != "skip":
-                raise
-            skipped = error.problem
-            self.skipped_steps += 1
-        self.step_count += 1
+            if problem.stepper is not None:
+                problem.stepper.check()
+        with Shield() as shield:
+            report, skipped = self._step_or_undo(feed, shield)
+            self.step_count += 1
         result = StepResult(
             step=self.step_count,
             losses=report.losses,
@@ -172,13 +167,14 @@ class Engine:
             solves=report.solves,
             passes=self.passes.since(before),
             seconds=time.perf_counter() - started,
+            overflows=report.overflows,
             skipped=skipped,
         )
         for problem in self.problems.values():
             problem.on_step_end(result)
         self._call("on_step_end", result)
         if self.config.evaluate_every and self.step_count % self.config.evaluate_every == 0:
-            self.evaluate()
+            self._evaluated(self.evaluate())
         self._call("on_step_complete", result)
         return result
 
@@ -192,6 +188,9 @@ class Engine:
 
     def run(self, steps: int | None = None) -> StepResult:
         """Runs outer steps, with a progress bar unless the configuration says otherwise.
+
+        Ends early where :meth:`stop` was called, or a signal of ``config.stop_signals`` arrived (Ctrl-C): the present
+        step is finished, callbacks end as always, and :attr:`stop_reason` says why.
 
         Args:
             steps: How many; ``config.steps`` by default.
@@ -209,17 +208,20 @@ class Engine:
         if self.config.progress and distributed.rank() == 0 and not any(isinstance(c, Progress) for c in kept):
             self.callbacks = (*kept, Progress())
         self.stop_reason = ""
-        try:
-            for problem in self.problems.values():
-                problem.on_run_start(total)
-            self._call("on_run_start", total)
-            for _ in range(total):
-                result = self.step()
-                if self.stop_reason:
-                    break
-        finally:
-            self._call("on_run_end")
-            self.callbacks = kept
+        with StopSignals(self.config.stop_signals) as stop:
+            try:
+                for problem in self.problems.values():
+                    problem.on_run_start(total)
+                self._call("on_run_start", total)
+                for _ in range(total):
+                    result = self.step()
+                    if stop.received and not self.stop_reason:
+                        self.stop(f"interrupted by {stop.received}")
+                    if self.stop_reason:
+                        break
+            finally:
+                self._end_run()
+                self.callbacks = kept
         return result
 
     def hypergradient(self, problem: str | None = None, batches: Mapping[str, Any] | None = None) -> Hypergradient:
@@ -240,24 +242,22 @@ class Engine:
             ConfigError: A method that differentiates inner updates, before there were any.
         """
         feed = Feed(self.streams, batches)
-        if self._dependencies is None:
-            self._discover(feed)
-        name = self._outer_name(problem)
-        passes, kept_records = self.passes.copy(), dict(self._records)
+        differentiator, _ = self._planned(feed)
+        name, passes = self._outer_name(problem), self.passes.copy()
         for inner, estimator in self.estimators.items():
             if estimator.needs_trajectory and inner not in self._records:
                 raise ConfigError(
                     f"method {estimator.name!r} differentiates the updates of problem {inner!r}, which has made none "
                     "since the engine was made or loaded: take a step first"
                 )
-        with preserved(self._differentiator.devices), buffers_protected(self._modules):
-            for inner in self.dependencies.inner:
-                self._records.setdefault(inner, InnerRecord([feed.peek(inner)]))
-            result = self._total(self.problems[name], feed.peek(name))
-        self._records = kept_records
+        with preserved(self._gradients.devices), buffers_protected(self._modules):
+            records, active = self._present_records(feed), self._active()
+            result = differentiator.total(
+                self.problems[name], [feed.peek(name)], records, self.estimator_states, active
+            )
         self.passes.forward, self.passes.backward = passes.forward, passes.backward
         names = self.problems[name].parameter_names
-        infos = list(result.solves.values())
+        infos = list(result.solves.values()) or [SolveInfo(Status.NOT_APPLICABLE, message="nothing below is active")]
         return Hypergradient(
             grad=dict(zip(names, result.gradient, strict=True)),
             direct=dict(zip(names, result.direct, strict=True)),
@@ -269,11 +269,11 @@ class Engine:
     def losses(self, problem: str, batches: Mapping[str, Any] | None = None) -> NestedLosses:
         """Returns the losses of :meth:`hypergradient` as pure functions of tensors, on the batches that it takes."""
         feed = Feed(self.streams, batches)
-        batch = feed.peek(problem)
-        records = {n: self._records.get(n) or InnerRecord([feed.peek(n)]) for n in self.dependencies.inner}
-        return nested_losses(
-            self.problems, self._slots, self._differentiator, self.dependencies, problem, batch, records
-        )
+        differentiator, _ = self._planned(feed)
+        # A reference: where a response is differentiated, it is by the dense system.
+        exact = replace(differentiator, estimators=dict.fromkeys(differentiator.estimators, Exact()), solver=Exact())
+        records = self._present_records(feed)
+        return nested_losses(exact, problem, [feed.peek(problem)], records, self._active())
 
     def evaluate(self) -> dict[str, float]:
         """Returns what the problems' ``evaluate()`` say, as ``"problem/metric"``.
@@ -281,7 +281,7 @@ class Engine:
         Neither buffers nor generators change.
         """
         metrics: dict[str, float] = {}
-        with torch.no_grad(), preserved(self._differentiator.devices), buffers_protected(self._modules):
+        with torch.no_grad(), preserved(self._gradients.devices), buffers_protected(self._modules):
             for name, problem in self.problems.items():
                 metrics.update({f"{name}/{key}": float(value) for key, value in problem.evaluate().items()})
         self._call("on_evaluate", metrics)
@@ -310,96 +310,97 @@ class Engine:
         """Lists the problems."""
         return f"Engine([{', '.join(map(repr, self.problems.values()))}], step_count={self.step_count})"
 
-    def _step(self, feed: Feed, report: _Report) -> None:
-        dependencies = self.dependencies
-        for name in reversed([name for name in self.problems if name in dependencies.inner]):
-            self._update_inner(self.problems[name], feed, report)
-        for name in dependencies.inner:
-            record = self._records[name]
-            if self.config.hypergradient_batch == "fresh":
-                fresh = [feed.next(name) for _ in range(self.config.num_hypergradient_batches)]
-                record = self._records[name] = InnerRecord(fresh, trajectory=record.trajectory)
-            wanted = self.estimators[name].num_samples
-            if wanted > 1:
-                record.samples = [feed.next(name) for _ in range(wanted)]
-        gradients = [(self.problems[n], self._total(self.problems[n], feed.next(n))) for n in dependencies.outer]
-        for record in self._records.values():
-            record.release_graphs()
-        for problem, result in gradients:
-            report.solves.update(result.solves)
-            self._check_and_update(problem, result, report)
-            self.estimator_states.setdefault(problem.name, {}).update(result.states)
-
-    def _update_inner(self, problem: Problem, feed: Feed, report: _Report) -> None:
-        estimator = self.estimators[problem.name]
-        first_recorded = problem.steps
-        if estimator.needs_trajectory:
-            first_recorded = max(0, problem.steps - (estimator.recorded_steps or problem.steps))
-        trajectory: list[RecordedUpdate] = []
-        for place in range(problem.steps):
-            last = place == problem.steps - 1
-            batch = feed.next(problem.name)
-            generators = capture(self._differentiator.devices)
-            if place < first_recorded:
-                result, _ = self._differentiator.plain(problem, batch)
-            else:
-                above = self.dependencies.responds_to(problem.name)
-                earlier = trajectory[-1] if trajectory else None
-                result, update = self._differentiator.recorded(
-                    problem, batch, generators, estimator, above, earlier, last=last
-                )
-                trajectory.append(update)
-            self._check_and_update(problem, result, report)
-        self._records[problem.name] = InnerRecord([batch], generators, trajectory)
-
-    def _check_and_update(self, problem: Problem, result: LossGradient, report: _Report) -> None:
-        value, size = float(result.value), float(norm(result.gradient))
-        for what, number in (("loss", value), ("gradient's norm", size)):
-            if not math.isfinite(number):
-                text = f"the {what} of problem {problem.name!r} is {number}, where a finite number was expected"
-                raise self._refusal(problem, text)
-        problem.update(result.gradient, value)
-        report.losses[problem.name], report.norms[problem.name] = value, size
-        for key, metric in result.metrics.items():
-            report.metrics[f"{problem.name}/{key}"] = _number(metric)
-
-    def _total(self, problem: Problem, batch: Any) -> LossGradient:
-        states = self.estimator_states.get(problem.name, {})
-        try:
-            return self._differentiator.total(
-                problem, batch, self.dependencies, self._records, self.estimators, states, self._on_solve
-            )
-        except NonFiniteError as error:
-            raise self._refusal(problem, str(error)) from error
-
-    def _refusal(self, problem: Problem, text: str) -> _NonFiniteStepError:
-        stream = self.streams[problem.name]
-        batch = f" (batch number {stream.drawn} of its data)" if stream.has_data and stream.drawn else ""
-        return _NonFiniteStepError(
-            f"step {self.step_count + 1}: {text}{batch}. No parameter was changed. "
-            "Look at that batch and the learning rates, or set EngineConfig(on_non_finite='skip').",
-            problem.name,
+    def _step_or_undo(self, feed: Feed, shield: Shield) -> tuple[Report, str | None]:
+        """Makes the updates of a step, or leaves the state before it; returns the problem for which it was skipped."""
+        differentiator, rounds = self._planned(feed)
+        step = Step(
+            self.step_count,
+            differentiator,
+            self.config,
+            feed,
+            self._records,
+            self.estimator_states,
+            self._place,
+            self.scales,
         )
+        keeps = self.config.restore_on_error
+        try:
+            if keeps:
+                self._snapshot.take((self._records, self.estimator_states))
+            with shield.opened():
+                for problem in self.problems.values():
+                    with self._activity(Work.HOOK, problem.name):
+                        problem.on_step_start()
+                step.run(rounds)
+        except BaseException as error:
+            skip = isinstance(error, NonFiniteStepError) and self.config.on_non_finite == "skip"
+            if keeps:
+                self._snapshot.restore(data_moves_on=skip)
+            if skip and isinstance(error, NonFiniteStepError):
+                self.skipped_steps += 1
+                return step.report, error.problem
+            shown = explained(error, self._activity.failed, self.step_count + 1, undone=keeps)
+            if shown is error:
+                raise
+            raise shown from error
+        return step.report, None
 
-    def _on_solve(self, name: str, again: Callable[[Estimator], Pullback], pulled: Pullback) -> Pullback:
-        """Applies the policy for solves that failed."""
+    def _present_records(self, feed: Feed) -> dict[str, InnerRecord]:
+        """Returns what is kept of the inner problems' updates, and the next batch where there were none."""
+        return {name: self._records.get(name) or InnerRecord([feed.peek(name)]) for name in self.dependencies.inner}
+
+    def _active(self) -> frozenset[str]:
+        # After the last step, its problems are the ones whose updates are kept.
+        present = max(0, self.step_count - 1)
+        return frozenset(name for name, problem in self.problems.items() if problem.is_active(present))
+
+    def _place(self, name: str) -> str:
+        stream = self.streams[name]
+        return f" (batch number {stream.drawn} of its data)" if stream.has_data and stream.drawn else ""
+
+    def _on_solve(self, name: str, product: Callable[..., Pullback], state: State | None) -> Pullback:
+        """Takes a best-response product, and applies the policy for solves that failed."""
+        estimator, fallback = self.estimators[name], self.config.fallback
+        try:
+            pulled = product(estimator, state)
+        except SolveTimeoutError as error:
+            if fallback is None:
+                raise
+            self._warn_once(name, "timeout", str(error))
+            return product(fallback)
         info = pulled.info
         if not info.status.failed and not (info.message and info.method == Unrolled.name):
             return pulled
         text = f"hypergradient through problem {name!r}, step {self.step_count + 1}: {info.explain()}"
         if info.status.failed and self.config.on_solve_failure == "raise":
             raise SolveError(text)
-        if (name, info.status.value) not in self._warned:
-            self._warned.add((name, info.status.value))
+        self._warn_once(name, info.status.value, text)
+        return product(fallback) if info.status.failed and fallback is not None else pulled
+
+    def _on_nested_solve(self, name: str, info: SolveInfo) -> None:
+        """Applies the policy for solves that failed to those by which a response is differentiated again."""
+        if not info.status.failed:
+            return
+        text = f"second derivative of the response of problem {name!r}, step {self.step_count + 1}: {info.explain()}"
+        if self.config.on_solve_failure == "raise":
+            raise SolveError(text)
+        self._warn_once(name, f"again {info.status.value}", text)
+
+    def _warn_once(self, name: str, what: str, text: str) -> None:
+        if (name, what) not in self._warned:
+            self._warned.add((name, what))
             warnings.warn(f"{text} (said once)", BilevelWarning, stacklevel=2)
-        if info.status.failed and self.config.fallback is not None:
-            return again(self.config.fallback)
-        return pulled
+
+    def _planned(self, feed: Feed) -> tuple[Differentiator, Round]:
+        """Returns how gradients are taken, and the order of updates, once the losses have been evaluated."""
+        if self._plan is None:
+            self._plan = self._discover(feed)
+        return self._plan
 
     def _discover_early(self) -> None:
         """Finds dependencies at construction where every problem has data, or can do without."""
         try:
-            self._discover(Feed(self.streams))
+            self._planned(Feed(self.streams))
         except BilevelError:
             raise
         except Exception:
@@ -407,53 +408,77 @@ class Engine:
             if all(stream.has_data for stream in self.streams.values()):
                 raise
 
-    def _discover(self, feed: Feed) -> None:
-        with preserved(self._differentiator.devices):
+    def _discover(self, feed: Feed) -> tuple[Differentiator, Round]:
+        check_structure(self.problems, self.config.evaluate_every)
+        with preserved(self._gradients.devices):
             batches = {name: feed.peek(name) for name in self.problems}
-            dependencies = discover(list(self.problems.values()), self._slots, batches)
+            dependencies = discover(list(self.problems.values()), self._gradients.slots, batches)
+        check_levels(self.problems, dependencies)
+        estimators = {
+            name: self.problems[name].hypergradient or self.hypergradient_method for name in dependencies.inner
+        }
         for name in dependencies.inner:
-            estimator = self.problems[name].hypergradient or self.hypergradient_method
-            check_method(self.problems[name], estimator, self.config.precision)
-        self._dependencies = dependencies
+            check_method(self.problems[name], estimators[name], self.config.precision, dependencies)
+        differentiator = Differentiator(
+            self._gradients,
+            dependencies,
+            estimators,
+            self.config.nested_solver,
+            self._on_solve,
+            self._on_nested_solve,
+            self.config.solve_timeout,
+        )
+        return differentiator, schedule(dependencies)
 
     def _outer_name(self, name: str | None) -> str:
-        outer = self.dependencies.outer
+        outer, over = self.dependencies.outer, [n for n in self.problems if self.dependencies.lower[n]]
         if name is None:
             if len(outer) > 1:
-                raise ConfigError(f"hypergradient() needs problem=, one of {', '.join(outer)}")
+                raise ConfigError(f"hypergradient() needs problem=, one of {', '.join(over)}")
             return outer[0]
-        if name not in outer:
-            raise unknown_name("outer problem", name, outer)
+        if name not in over:
+            raise unknown_name("problem with others below it", name, over)
         return name
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32":
             return nullcontext()
         device = next(iter(self.problems.values())).parameters[0].device.type
-        return torch.autocast(device, dtype=torch.bfloat16)
+        return torch.autocast(device, dtype=getattr(torch, self.config.precision))
+
+    def _evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Moves the schedulers on that wait for an evaluation."""
+        for name, problem in self.problems.items():
+            if problem.stepper is not None:
+                own = {key.partition("/")[2]: value for key, value in metrics.items() if key.partition("/")[0] == name}
+                problem.stepper.evaluated(own)
+
+    def _end_run(self) -> None:
+        """Calls every callback's ``on_run_end``: one that fails keeps no other from writing what it has."""
+        failed: BilevelError | None = None
+        under_way = sys.exc_info()[1] is not None
+        for callback in self.callbacks:
+            try:
+                callback.on_run_end(self)
+            except Exception as error:
+                text = f"callback {type(callback).__name__} failed in on_run_end: {error!r}"
+                if under_way or failed is not None:
+                    warnings.warn(text, BilevelWarning, stacklevel=2)
+                else:
+                    failed = BilevelError(text)
+                    failed.__cause__ = error
+        if failed is not None:
+            raise failed
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             try:
                 getattr(callback, hook)(self, *arguments)
             except Exception as error:
-                raise BilevelError(f"callback {type(callback).__name__} failed in {hook}: {error!r}") from error
-
-
-class _NonFiniteStepError(NonFiniteError):
-    def __init__(self, message: str, problem: str) -> None:
-        super().__init__(message)
-        self.problem = problem
-
-
-class _Report:
-    """What a step collects for its result."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, float] = {}
-        self.metrics: dict[str, float] = {}
-        self.norms: dict[str, float] = {}
-        self.solves: dict[str, SolveInfo] = {}
+                raise BilevelError(
+                    f"callback {type(callback).__name__} failed in {hook}, after step {self.step_count}, which is "
+                    f"complete: {error!r}"
+                ) from error
 
 
 def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callbacks: Sequence[Callback]) -> None:
@@ -473,7 +498,3 @@ def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callback
 
 def _worst(infos: Sequence[SolveInfo]) -> SolveInfo:
     return next((info for info in infos if info.status.failed), infos[0])
-
-
-def _number(metric: Any) -> float:
-    return float(metric.detach()) if isinstance(metric, torch.Tensor) else float(metric)

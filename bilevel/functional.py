@@ -175,19 +175,23 @@ class ParameterSlots:
 
     @contextmanager
     def swapped(self, live: Sequence[Tensor], given: Sequence[Tensor]) -> Iterator[None]:
-        """Puts ``given`` in the places of ``live`` parameters; a tensor that is its live parameter costs nothing."""
-        moved: list[tuple[nn.Module, str, Tensor]] = []
+        """Puts ``given`` in the places of ``live`` parameters; what is there already costs nothing.
+
+        The places hold afterwards what they held before, also where they were swapped then.
+        """
+        moved: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for parameter, tensor in zip(live, given, strict=True):
-                if tensor is parameter:
-                    continue
                 for module, name in self._parameters[id(parameter)]:
-                    moved.append((module, name, parameter))
-                    _parameters(module)[name] = tensor
+                    table = _parameters(module)
+                    held = table[name]
+                    if held is not tensor:
+                        moved.append((table, name, held))
+                        table[name] = tensor
             yield
         finally:
-            for module, name, parameter in moved:
-                _parameters(module)[name] = parameter
+            for table, name, held in reversed(moved):
+                table[name] = held
 
     @contextmanager
     def buffers_apart(self) -> Iterator[None]:

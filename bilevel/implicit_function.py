@@ -71,11 +71,13 @@ class AdjointRule:
         objective: The inner loss f.
         estimator: How systems with H are solved; one without an :func:`obstacle`.
         report: Told of every solve.
+        closed: Whether to refuse a loss that reads tensors which require gradients beside its variables.
     """
 
     objective: Objective
     estimator: Estimator
     report: Callable[[SolveInfo], None]
+    closed: bool = True
 
     def pullback(self, cotangent: Tensors, inner: Tensors, outer: Tensors) -> Tensors:
         """Returns r, which autograd can differentiate with respect to everything that is passed in.
@@ -142,7 +144,8 @@ class AdjointRule:
         """Returns g (None for a variable that does not reach the loss) and which variables do."""
         value = evaluate()
         require_finite(value, self.objective.name)
-        _refuse_closures(value, w + lam, self.objective.name)
+        if self.closed:
+            _refuse_closures(value, w + lam, self.objective.name)
         field = gradient(value, w, self.objective, create_graph=True)
         active = tuple(part is not None for part in field)
         if not any(active):

@@ -130,6 +130,7 @@ class StepResult:
         solves: Report of every best-response product, by the name of the inner problem.
         passes: Forward and backward passes of this step, Hessian and mixed products counted as backward passes.
         seconds: Wall time.
+        overflows: How many updates of a problem were left out since their gradients overflowed in float16, by problem.
         skipped: Name of the problem whose loss or gradient was not finite, where such steps are skipped; else None.
     """
 
@@ -140,4 +141,5 @@ class StepResult:
     solves: Mapping[str, SolveInfo]
     passes: tuple[int, int]
     seconds: float
+    overflows: Mapping[str, int] = field(default_factory=dict)
     skipped: str | None = None

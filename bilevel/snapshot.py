@@ -2,47 +2,151 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bilevel.data import BatchStream
+from bilevel.functional import PassCount
+from bilevel.loss_scale import LossScale
 from bilevel.problems import Problem
+from bilevel.randomness import States, capture, restore
+from bilevel.step_state import Kept
 
 __all__ = ["Snapshot"]
 
 
+@dataclass
+class _Taken:
+    """What one step may change, beside tensors."""
+
+    optimizers: list[Kept]
+    updates: list[int]
+    buffers: list[dict[str, Tensor | None]]
+    modes: list[bool]
+    trainable: list[bool]
+    scales: dict[str, dict[str, Any]]
+    tables: list[tuple[dict[str, Any], dict[str, Any]]]
+    passes: PassCount
+    generators: States
+    others: tuple[Any, Any]
+
+
 class Snapshot:
-    """Copies of all owned parameters, buffers, optimiser and scheduler states.
+    """Copies of all that a step may change, taken again before every step.
+
+    Parameters that nobody owns are not copied.
 
     Args:
         problems: Whose state.
-        modules: All their modules that hold buffers.
+        modules: All their modules.
+        devices: Where losses draw random numbers.
+        streams: The problems' data.
+        scales: Loss scales.
+        passes: The count of passes.
     """
 
-    def __init__(self, problems: Sequence[Problem], modules: Iterable[nn.Module]) -> None:
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        modules: Iterable[nn.Module],
+        devices: Sequence[str],
+        streams: Mapping[str, BatchStream],
+        scales: Mapping[str, LossScale],
+        passes: PassCount,
+    ) -> None:
         self._problems = problems
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors(problems, modules)]
-        self._optimizers = [_optimizer_state(problem) for problem in problems]
-        self._schedulers = [
-            None if problem.scheduler is None else copy.deepcopy(problem.scheduler.state_dict()) for problem in problems
-        ]
+        self._modules = tuple(modules)
+        self._with_buffers = tuple(module for module in self._modules if module._buffers)
+        self._devices = devices
+        self._streams = streams
+        self._scales = scales
+        self._passes = passes
+        self._live: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        self._taken: _Taken | None = None
 
-    def restore(self) -> None:
-        """Puts everything back, in place."""
+    def take(self, tables: Sequence[dict[str, Any]]) -> None:
+        """Copies the state as it is now.
+
+        Args:
+            tables: Further state that a step changes, by name: their entries are kept, not copied; those that are
+                dictionaries are copied.
+        """
+        self._copy_tensors()
+        self._taken = _Taken(
+            [
+                Kept(problem.optimizer, problem.scheduler, problem.module.modules())
+                for problem in self._problems
+                if problem.optimizer is not None
+            ],
+            [problem.num_updates for problem in self._problems],
+            [dict(module._buffers) for module in self._with_buffers],
+            [module.training for module in self._modules],
+            [p.requires_grad for problem in self._problems for p in problem.parameters],
+            {name: scale.state_dict() for name, scale in self._scales.items()},
+            [(table, _copied(table)) for table in tables],
+            self._passes.copy(),
+            capture(self._devices),
+            (np.random.get_state(), random.getstate()),
+        )
+
+    def restore(self, *, data_moves_on: bool = False) -> None:
+        """Puts everything back, in place.
+
+        Args:
+            data_moves_on: Leave the data and the generators where they are: the same draws would lead to the same end.
+        """
+        taken = self._taken
+        assert taken is not None
+        for module, buffers in zip(self._with_buffers, taken.buffers, strict=True):
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for p, trainable in zip(
+            (p for problem in self._problems for p in problem.parameters), taken.trainable, strict=True
+        ):
+            p.requires_grad_(trainable)
         with torch.no_grad():
-            for tensor, kept in self._tensors:
+            for tensor, kept in zip(self._live, self._kept, strict=True):
                 tensor.copy_(kept)
-        for problem, state, scheduler in zip(self._problems, self._optimizers, self._schedulers, strict=True):
-            if problem.optimizer is not None and state is not None:
-                problem.optimizer.state.clear()
-                problem.optimizer.state.update(state[0])
-                for group, kept_group in zip(problem.optimizer.param_groups, state[1], strict=True):
-                    group.update(kept_group)
-            if problem.scheduler is not None and scheduler is not None:
-                problem.scheduler.load_state_dict(scheduler)
+        for state in taken.optimizers:
+            state.restore()
+        for problem, updates in zip(self._problems, taken.updates, strict=True):
+            problem.num_updates = updates
+        for module, training in zip(self._modules, taken.modes, strict=True):
+            module.training = training
+        for name, scale in taken.scales.items():
+            self._scales[name].load_state_dict(scale)
+        for table, before in taken.tables:
+            table.clear()
+            table.update(before)
+        self._passes.forward, self._passes.backward = taken.passes.forward, taken.passes.backward
+        if not data_moves_on:
+            restore(taken.generators)
+            np.random.set_state(taken.others[0])
+            random.setstate(taken.others[1])
+        self._taken = None
+
+    def _copy_tensors(self) -> None:
+        """Copies parameters and buffers into tensors that stay: fresh memory costs several times the copy."""
+        live = _tensors(self._problems, self._with_buffers)
+        if [id(tensor) for tensor in live] != [id(tensor) for tensor in self._live] or not _alike(live, self._kept):
+            self._live, self._kept = live, [tensor.detach().clone() for tensor in live]
+            return
+        with torch.no_grad():
+            for tensor, kept in zip(live, self._kept, strict=True):
+                kept.copy_(tensor)
+
+
+def _alike(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(left, right, strict=True)
+    )
 
 
 def _tensors(problems: Iterable[Problem], modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -52,16 +156,5 @@ def _tensors(problems: Iterable[Problem], modules: Iterable[nn.Module]) -> list[
     return list(found.values())
 
 
-def _optimizer_state(problem: Problem) -> tuple[dict[Any, Any], list[dict[str, Any]]] | None:
-    if problem.optimizer is None:
-        return None
-    state = {
-        parameter: {
-            key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in slots.items()
-        }
-        for parameter, slots in problem.optimizer.state.items()
-    }
-    groups = [
-        {key: value for key, value in group.items() if key != "params"} for group in problem.optimizer.param_groups
-    ]
-    return state, groups
+def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: dict(entry) if isinstance(entry, dict) else entry for name, entry in table.items()}

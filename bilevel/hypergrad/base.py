@@ -71,6 +71,8 @@ class InnerProblem:
             there are none.
         diagonal: What the inner optimiser takes for the diagonal of the curvature (``√v̂ + ε`` of Adam); None where it
             keeps none.
+        start: Where the trajectory starts from outer parameters: for each inner variable the place in ``outer`` of the
+            one that it was copied from; None where the start is a constant.
     """
 
     objective: Objective
@@ -79,6 +81,7 @@ class InnerProblem:
     trajectory: Sequence[InnerStep] = ()
     samples: Sequence[Objective] = ()
     diagonal: Tensors | None = None
+    start: Sequence[int] | None = None
 
     def sample(self, place: int) -> Objective:
         """Returns the inner loss on one of the separate batches, counted round and round."""
@@ -138,6 +141,8 @@ class Estimator(ABC):
     """Whether the inner loss must be twice differentiable by autograd."""
     needs_trajectory: ClassVar[bool] = False
     """Whether the inner problem's updates must be recorded."""
+    follows_start: ClassVar[bool] = False
+    """Whether the derivative goes through outer parameters from which the updates started."""
 
     @property
     def recorded_steps(self) -> int | None:

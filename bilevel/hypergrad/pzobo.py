@@ -79,6 +79,7 @@ class PZOBO(InnerUpdates):
     storage: ClassVar[str] = "parameters and optimiser memory of every step"
     purpose: ClassVar[str] = "few outer parameters and inner losses without second derivatives"
     needs_double_backward: ClassVar[bool] = False
+    follows_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Validates the fields, alone and together."""
@@ -120,20 +121,21 @@ class _PerturbedResponse(Response):
         directions = _directions(self.estimator, outer, generator)
         mu = _smoothing(self.estimator, self.problem, sum(part.numel() for part in outer))
         steps = self.trajectory.steps
-        base = promote(_repeat(steps, self.problem.outer) if self.repeat else [p.detach() for p in self.point])
+        start = self.problem.start
+        base = promote(_repeat(steps, self.problem.outer, start) if self.repeat else [p.detach() for p in self.point])
         total, lost, moved = zeros_like(outer), 0.0, 0.0
         for direction in directions:
             move = scale(mu, direction)
             place = tuple((a + b).to(c.dtype) for a, b, c in zip(outer, move, self.problem.outer, strict=True))
             lost = max(lost, _relative(subtract(subtract(promote(place), outer), move), move))
-            difference = subtract(promote(_repeat(steps, leaves(place))), base)
+            difference = subtract(promote(_repeat(steps, leaves(place), start)), base)
             moved = max(moved, float(norm(difference)))
             slope = dot(scale(1 / mu, difference), v) / len(directions)
             total = add(total, scale(slope, direction))
         if moved > 0.0:
             roundoff = max(torch.finfo(part.dtype).eps for part in self.point)
             lost = max(lost, roundoff * float(norm(base)) / moved)
-        elif _influences(steps[-1], self.problem.outer):
+        elif start is not None or _influences(steps[-1], self.problem.outer):
             lost = 1.0
         status = Status.INACCURATE if lost > TOLERATED_ROUNDING else Status.NOT_APPLICABLE
         status = status if is_finite(total) else Status.DIVERGED
@@ -148,9 +150,11 @@ class _PerturbedResponse(Response):
         return Pullback(tuple(part.detach() for part in total), info, {GENERATOR: (generator.get_state(),)})
 
 
-def _repeat(steps: Sequence[InnerStep], outer: Tensors) -> Tensors:
+def _repeat(steps: Sequence[InnerStep], outer: Tensors, start: Sequence[int] | None) -> Tensors:
     """Returns where the updates end with other outer parameters, each on its own batch."""
     inner, memory = steps[0].inner, steps[0].memory
+    if start is not None:
+        inner = tuple(outer[place].detach() for place in start)
     for step in steps:
         taken = take_step(replace(step, inner=inner, memory=memory, graph=None), outer)
         inner, memory = taken.inner, taken.memory

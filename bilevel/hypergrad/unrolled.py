@@ -24,7 +24,10 @@ __all__ = ["Unrolled"]
 
 @dataclass(frozen=True)
 class Unrolled(InnerUpdates):
-    """Differentiates the inner updates: ``dw_K/dλ`` for ``w_{t+1} = U_t(w_t, ∇f(w_t, λ))``, with w₀ constant.
+    """Differentiates the inner updates: ``dw_K/dλ`` for ``w_{t+1} = U_t(w_t, ∇f(w_t, λ))``.
+
+    w₀ is a constant, unless the inner problem starts from outer parameters (``Problem(reset=...)``): then ``dw₀/dλ`` is
+    the identity there.
 
     Reverse mode carries cotangents of parameters and optimiser memory from the last update to the first. Forward mode
     carries ``dw_t/dλ`` from the first to the last. Sources: Franceschi et al., ICML 2017 (arXiv 1703.01785), for both;
@@ -63,6 +66,7 @@ class Unrolled(InnerUpdates):
     mode: str = field(default="reverse", kw_only=True)
     optimizer: str = field(default="sgd", kw_only=True)
 
+    follows_start: ClassVar[bool] = True
     name: ClassVar[str] = "unrolled"
     summary: ClassVar[str] = "reverse or forward mode through the inner updates"
     cost: ClassVar[str] = (
@@ -110,13 +114,19 @@ class _ReverseResponse(Response):
 
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
         steps = self.trajectory.steps
-        inner = promote(cotangent)
+        inner, start = promote(cotangent), self.problem.start
         memory = zeros_like(steps[-1].memory)
         total = zeros_like(promote(self.problem.outer))
         for place, step in reversed(list(enumerate(steps))):
-            # nothing comes before the oldest step: its parameters need no cotangent
-            inner, memory, outer = _pull_step(step, inner, memory, self.problem.outer, oldest=place == 0)
+            # nothing comes before the oldest step: its parameters need no cotangent, but where they are outer ones
+            oldest = place == 0 and start is None
+            inner, memory, outer = _pull_step(step, inner, memory, self.problem.outer, oldest=oldest)
             total = add(total, promote(outer))
+        if start is not None:
+            arrived = list(total)
+            for place, part in zip(start, inner, strict=True):
+                arrived[place] = arrived[place] + part.to(arrived[place])
+            total = tuple(arrived)
         status = Status.NOT_APPLICABLE if is_finite(total) else Status.DIVERGED
         length, message = len(steps), self.trajectory.message
         return Pullback(

@@ -31,7 +31,8 @@ def forward_response(estimator: Unrolled, problem: InnerProblem) -> Response:
     """Takes the steps, or follows the recorded ones oldest first, and carries ``dw_t/dλ`` along.
 
     With ``(w', m') = U(w, g, m)`` and ``g = ∂f/∂w (w, λ)``, for each outer variable:
-    ``ġ = ∂g/∂w ẇ + ∂g/∂λ λ̇`` and ``(ẇ', ṁ') = ∂U/∂(w, g, m) (ẇ, ġ, ṁ)``, from zero.
+    ``ġ = ∂g/∂w ẇ + ∂g/∂λ λ̇`` and ``(ẇ', ṁ') = ∂U/∂(w, g, m) (ẇ, ġ, ṁ)``, from zero, or from ``ẇ = λ̇`` where the start
+    is an outer parameter.
 
     Raises:
         ConfigError: Outer times inner variables exceed :data:`FORWARD_LIMIT`.
@@ -48,7 +49,7 @@ def forward_response(estimator: Unrolled, problem: InnerProblem) -> Response:
     def take(step: InnerStep) -> Taken:
         nonlocal carried, taken
         if not taken:
-            carried = [(zeros_like(promote(step.inner)), zeros_like(promote(step.memory))) for _ in range(outer_size)]
+            carried = [(first, zeros_like(promote(step.memory))) for first in _starts(problem, step)]
         result, carried = _push_step(step, carried, problem.outer, first=not taken)
         taken += 1
         return result
@@ -62,6 +63,15 @@ def forward_response(estimator: Unrolled, problem: InnerProblem) -> Response:
         point, message = estimator.descend(problem, take), ""
     columns = [inner for inner, _ in carried]
     return _ForwardResponse(problem, point, columns, taken, message, estimator.name)
+
+
+def _starts(problem: InnerProblem, step: InnerStep) -> Iterator[Tensors]:
+    """Yields ``dw₀/dλ``, for each outer variable."""
+    for unit in _units(problem.outer):
+        if problem.start is None:
+            yield zeros_like(promote(step.inner))
+        else:
+            yield tuple(unit[place].to(part) for place, part in zip(problem.start, promote(step.inner), strict=True))
 
 
 @dataclass(frozen=True)

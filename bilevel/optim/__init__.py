@@ -6,12 +6,13 @@ tensors. Hyper-parameters are those that the user's optimiser had at that step, 
 
 from bilevel.optim.base import Rule, Update
 from bilevel.optim.curvature import curvature_of
-from bilevel.optim.update import OPTIMIZERS, default_update, learning_rates, update_of
+from bilevel.optim.update import OPTIMIZERS, clipped, default_update, learning_rates, update_of
 
 __all__ = [
     "OPTIMIZERS",
     "Rule",
     "Update",
+    "clipped",
     "curvature_of",
     "default_update",
     "learning_rates",

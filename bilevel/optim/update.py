@@ -17,7 +17,7 @@ from bilevel.optim.rmsprop import Adadelta, Adagrad, RMSprop
 from bilevel.optim.sgd import SGD
 from bilevel.vector import Tensors
 
-__all__ = ["OPTIMIZERS", "default_update", "learning_rates", "update_of"]
+__all__ = ["OPTIMIZERS", "clipped", "default_update", "learning_rates", "update_of"]
 
 _RULES: Mapping[type[Optimizer], type[Rule]] = {
     torch.optim.SGD: SGD,
@@ -57,6 +57,17 @@ class _PerParameter:
         return tuple(new_params), tuple(new_memory)
 
 
+@dataclass(frozen=True)
+class _Clipped:
+    update: Update
+    max_norm: float
+
+    def __call__(self, params: Tensors, grads: Tensors, memory: Tensors) -> tuple[Tensors, Tensors]:
+        size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+        factor = (self.max_norm / (size + 1e-6)).clamp(max=1.0)
+        return self.update(params, tuple(grad * factor for grad in grads), memory)
+
+
 def update_of(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[Update, Tensors]:
     """Returns the next update of a torch optimiser as a differentiable function, and a copy of its memory.
 
@@ -90,6 +101,14 @@ def update_of(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[Update, T
         rules.append(rule)
         memory += rule.memory_of(p, state)
     return _PerParameter(tuple(rules)), tuple(memory)
+
+
+def clipped(update: Update, max_norm: float) -> Update:
+    """Returns an update that clips the gradient's norm first: ``U(w, g · min(1, c / (‖g‖ + 1e-6)), m)``, as torch does.
+
+    Differentiable where the norm is not ``c``.
+    """
+    return _Clipped(update, max_norm)
 
 
 def default_update(name: str, learning_rate: float, made: int, params: Tensors) -> tuple[Update, Tensors]:

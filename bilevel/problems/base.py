@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from bilevel.errors import ConfigError, ParameterError, unknown_name
+from bilevel.faults import ModesKept
 from bilevel.functional import loss_and_outputs
 from bilevel.hooks import check_hooks
 from bilevel.hypergrad import Estimator, as_estimator
+from bilevel.stepping import Scheduler, Stepper
 from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors
 
@@ -46,8 +47,7 @@ class Problem(ABC):
         optimizer: A torch optimiser, or a callable that makes one from a list of parameters; None for a problem that is
             differentiated but never stepped.
         data: A ``DataLoader`` or another iterable of batches; None if batches come from outside or are not needed.
-        scheduler: A torch learning-rate scheduler, or a callable that makes one from the optimiser; stepped once an
-            update.
+        scheduler: A learning-rate scheduler, or a callable that makes one from the optimiser; stepped once an update.
         params: Which of the module's trainable parameters to own, where ``optimizer`` is a callable or None: glob
             patterns over their names (``"*.lora_A.*"``), or a predicate ``(name, parameter) -> bool``. All of them by
             default.
@@ -56,6 +56,17 @@ class Problem(ABC):
             engine's by default.
         name: Name in the engine; the class name in snake case by default.
         max_grad_norm: Clips the gradient's norm before an update.
+        warmup_steps: Updates that are made once, before the first of those ``steps``.
+        accumulate: Batches that are averaged for one update.
+        start: The first outer step (counted from 0) in which the problem is updated and differentiated through; before
+            it, its parameters are constants.
+        stop: The first outer step in which it no longer is; None for never.
+        reset: Where the parameters start from each time the problem above is about to be updated: ``"initial"`` for the
+            values that they have now, or the name of a problem above, whose parameters of the same names they are then
+            copied from (as in MAML). The optimiser's state is emptied too. None: they go on from where they are.
+        scheduler_metric: What a scheduler that asks for a number is given (``ReduceLROnPlateau``): ``"loss"``, which is
+            the default, or another value that the problem's loss returns, after each update; ``"evaluate/NAME"`` for
+            one that its ``evaluate()`` returns, after each of the engine's evaluations and only then.
 
     Raises:
         ConfigError: A value that makes no sense.
@@ -69,12 +80,18 @@ class Problem(ABC):
         *,
         optimizer: Optimizer | Callable[[Any], Optimizer] | None = None,
         data: Iterable[Any] | None = None,
-        scheduler: LRScheduler | Callable[[Any], LRScheduler] | None = None,
+        scheduler: Scheduler | Callable[[Any], Scheduler] | None = None,
         params: ParameterSelection | None = None,
         steps: int = 1,
         hypergradient: Estimator | str | Mapping[str, Any] | None = None,
         name: str | None = None,
         max_grad_norm: float | None = None,
+        warmup_steps: int = 0,
+        accumulate: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        reset: str | None = None,
+        scheduler_metric: str | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise ParameterError(
@@ -87,17 +104,40 @@ class Problem(ABC):
                 f"{self.name!r} cannot name a problem: an identifier that is no attribute of Problem is needed"
             )
         check_integer(self.name, "steps", steps, minimum=1)
+        check_integer(self.name, "warmup_steps", warmup_steps, minimum=0)
+        check_integer(self.name, "accumulate", accumulate, minimum=1)
+        check_integer(self.name, "start", start, minimum=0)
+        if stop is not None:
+            check_integer(self.name, "stop", stop, minimum=start + 1)
+        if reset is not None and not isinstance(reset, str):
+            raise ConfigError(
+                f"reset of problem {self.name!r} must be 'initial', the name of a problem above, or None, not {reset!r}"
+            )
+        if reset is not None and warmup_steps:
+            raise ConfigError(
+                f"problem {self.name!r} has both reset= and warmup_steps=, which the reset would undo: drop one of them"
+            )
         if max_grad_norm is not None:
             check_number(self.name, "max_grad_norm", max_grad_norm, minimum=0.0, exclusive=True)
         self.module = module
         self.data = data
         self.steps = steps
         self.max_grad_norm = max_grad_norm
+        self.warmup_steps = warmup_steps
+        self.accumulate = accumulate
+        self.start, self.stop = start, stop
+        self.reset = reset
+        self.num_updates = 0
         self.hypergradient = None if hypergradient is None else as_estimator(hypergradient)
         self.optimizer, named = _optimizer_and_parameters(self.name, module, optimizer, params)
         self.parameter_names: tuple[str, ...] = tuple(named)
         self.parameters: Tensors = tuple(named.values())
-        self.scheduler = _scheduler(self.name, scheduler, self.optimizer)
+        self.stepper = _stepper(self.name, self.optimizer, named, scheduler, scheduler_metric, max_grad_norm)
+        self.scheduler = None if self.stepper is None else self.stepper.scheduler
+        self._devices = tuple(sorted({"cpu", *(p.device.type for p in self.parameters)}))
+        self.initial: Tensors | None = None
+        if reset == "initial":
+            self.initial = tuple(p.detach().clone() for p in self.parameters)
         self._siblings: Mapping[str, Problem] = {}
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -154,31 +194,65 @@ class Problem(ABC):
         """Makes the engine's problems reachable by name."""
         self._siblings = siblings
 
+    @property
+    def start_source(self) -> str | None:
+        """The problem above from whose parameters this one starts, if it does."""
+        return None if self.reset == "initial" else self.reset
+
+    def is_active(self, step: int) -> bool:
+        """Whether the problem takes part in an outer step, counted from 0."""
+        return self.start <= step and (self.stop is None or step < self.stop)
+
+    def start_values(self) -> Tensors | None:
+        """Returns what the parameters start from, or None where they go on from where they are.
+
+        Raises:
+            ParameterError: The problem to start from has no parameter of a name, or one of another shape.
+        """
+        if self.start_source is None:
+            return self.initial
+        source = self._siblings[self.start_source]
+        known = dict(zip(source.parameter_names, source.parameters, strict=True))
+        for name, own in zip(self.parameter_names, self.parameters, strict=True):
+            if name not in known or known[name].shape != own.shape:
+                found = f"has shape {tuple(known[name].shape)}" if name in known else "does not exist"
+                raise ParameterError(
+                    f"problem {self.name!r} is to start from problem {source.name!r}, whose parameter {name!r} of "
+                    f"shape {tuple(own.shape)} {found}: give both the same module structure"
+                )
+        return tuple(known[name] for name in self.parameter_names)
+
+    def restart(self) -> None:
+        """Puts the parameters where they start from and empties the optimiser's state, if the problem is reset."""
+        values = self.start_values()
+        if values is None:
+            return
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
     def evaluate_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Returns the checked scalar loss and the other metrics."""
-        result = self.loss(batch)
+        with ModesKept(f"problem {self.name!r}", self._devices):
+            result = self.loss(batch)
         value, _ = loss_and_outputs(result, f"problem {self.name!r}")
         if not isinstance(result, Mapping):
             return value, {}
         return value, {str(key): part for key, part in result.items() if key not in ("loss", "outputs")}
 
-    def update(self, gradients: Sequence[Tensor], loss: float) -> None:
-        """Makes one update of the owned parameters with the given gradients."""
-        if self.optimizer is None:
+    def update(self, gradients: Sequence[Tensor], values: Mapping[str, Any]) -> None:
+        """Makes one update of the owned parameters with the given gradients.
+
+        Args:
+            gradients: One a parameter.
+            values: What the loss returned, ``"loss"`` among them, for a scheduler that asks for a metric.
+        """
+        if self.stepper is None:
             raise ConfigError(f"problem {self.name!r} has no optimizer and cannot be stepped: pass optimizer=")
-        for parameter, grad in zip(self.parameters, gradients, strict=True):
-            parameter.grad = grad.detach().to(parameter.dtype)
-        try:
-            if self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-            self.optimizer.step()
-        finally:
-            for parameter in self.parameters:
-                parameter.grad = None
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(loss)
-        elif self.scheduler is not None:
-            self.scheduler.step()
+        self.stepper.update(gradients, values)
+        self.num_updates += 1
 
 
 def select_parameters(name: str, module: nn.Module, selection: ParameterSelection | None) -> dict[str, nn.Parameter]:
@@ -238,10 +312,6 @@ def _optimizer_and_parameters(
             f"problem {name!r} has both params= and a ready optimizer, which owns what it holds: drop params=, or pass "
             "optimizer=lambda params: …"
         )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError(
-            f"optimizer of problem {name!r}: LBFGS evaluates the loss by itself and cannot be driven by an engine"
-        )
     names = {id(p): key for key, p in module.named_parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     strange = [tuple(p.shape) for p in held if id(p) not in names]
@@ -257,19 +327,26 @@ def _optimizer_and_parameters(
     return optimizer, owned
 
 
-def _scheduler(
-    name: str, scheduler: LRScheduler | Callable[[Any], LRScheduler] | None, optimizer: Optimizer | None
-) -> LRScheduler | None:
-    if scheduler is None:
-        return None
-    if optimizer is None:
-        raise ConfigError(f"problem {name!r} has a scheduler but no optimizer")
-    made = scheduler if isinstance(scheduler, LRScheduler) else scheduler(optimizer)
-    if not isinstance(made, LRScheduler):
-        raise ConfigError(
-            f"scheduler of problem {name!r} must be a torch scheduler or make one, not {type(made).__name__}"
+def _stepper(
+    name: str,
+    optimizer: Optimizer | None,
+    owned: Mapping[str, Tensor],
+    scheduler: Scheduler | Callable[[Any], Scheduler] | None,
+    scheduler_metric: str | None,
+    max_grad_norm: float | None,
+) -> Stepper | None:
+    if optimizer is not None:
+        return Stepper(
+            name,
+            optimizer,
+            owned,
+            scheduler=scheduler,
+            scheduler_metric=scheduler_metric,
+            max_grad_norm=max_grad_norm,
         )
-    return made
+    if scheduler is not None:
+        raise ConfigError(f"problem {name!r} has a scheduler but no optimizer")
+    return None
 
 
 def _snake_case(name: str) -> str:

@@ -1,301 +1,279 @@
-"""The gradient of an outer problem through the problems below it."""
+"""The gradient of a problem's loss through the problems below it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bilevel.functional import (
-    BufferValues,
-    ModuleObjective,
-    ParameterSlots,
-    PassCount,
-    Reduce,
-    dense_gradient,
-    loss_and_outputs,
-    require_finite,
-)
+from bilevel import distributed
+from bilevel.faults import Deadline, Work
+from bilevel.functional import BufferValues, ModuleObjective, loss_and_outputs, require_finite
 from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, State
-from bilevel.optim import Update, curvature_of, update_of
+from bilevel.optim import curvature_of
+from bilevel.problems.accumulation import accumulate
 from bilevel.problems.base import Problem
+from bilevel.problems.gradients import Gradients
 from bilevel.problems.graph import Dependencies
-from bilevel.problems.step_graph import KeptGraph, take_with_graph
-from bilevel.randomness import Replay, States, generator_devices
+from bilevel.problems.records import InnerRecord, LossGradient, RecordedUpdate, Settled
+from bilevel.problems.response import (
+    BestResponse,
+    Lower,
+    NestedObjective,
+    RepeatedUpdates,
+    SolvedResponse,
+    method_again,
+)
+from bilevel.randomness import Replay, States
 from bilevel.result import SolveInfo
-from bilevel.vector import Tensors, add
+from bilevel.vector import Tensors
 
-__all__ = ["Differentiator", "InnerRecord", "LossGradient", "RecordedUpdate"]
+__all__ = ["Differentiator", "OnSolve"]
 
-
-@dataclass(frozen=True)
-class RecordedUpdate:
-    """One inner update: see :class:`~bilevel.hypergrad.InnerStep`.
-
-    The loss is held as its batch, and the generators' states and the values of all buffers before it, and the outer
-    gradient by problem, with how often each of these problems' parameters had been changed in place.
-    """
-
-    batch: Any
-    generators: States
-    inner: Tensors
-    memory: Tensors
-    update: Update
-    buffers: BufferValues
-    gradient: Tensors | None = None
-    outer_gradient: Mapping[str, Tensors] = field(default_factory=dict)
-    graph: KeptGraph | None = None
-    outer_versions: Mapping[int, int] = field(default_factory=dict)
-
-
-@dataclass
-class InnerRecord:
-    """What is kept of an inner problem's updates until the problem above is updated.
-
-    Attributes:
-        batches: The batches on which the hypergradient takes the inner loss, averaged.
-        generators: Generator states to replay; None to draw live.
-        trajectory: The updates, where the method needs them.
-        samples: Further batches, for methods that want separate ones.
-    """
-
-    batches: Sequence[Any]
-    generators: States | None = None
-    trajectory: list[RecordedUpdate] = field(default_factory=list)
-    samples: Sequence[Any] = ()
-
-    def release_graphs(self) -> None:
-        """Frees what was kept for the present outer parameters; from here on updates are evaluated again."""
-        self.trajectory = [replace(step, graph=None, outer_gradient={}) for step in self.trajectory]
+OnSolve = Callable[[str, Callable[..., Pullback], State | None], Pullback]
+"""``(problem, product, state)``: takes a best-response product by ``product(method, state)``, by another method where
+its policy says so, and returns the one to use."""
 
 
 @dataclass(frozen=True)
-class LossGradient:
-    """A loss and its (total) derivative with respect to its problem's own parameters.
-
-    Attributes:
-        value: The loss, detached.
-        metrics: Other values that the loss returned.
-        gradient: The total derivative.
-        direct: The derivative at fixed inner parameters.
-        solves: Reports by inner problem.
-        states: New estimator states by inner problem.
-    """
-
-    value: Tensor
-    metrics: Mapping[str, Any]
-    gradient: Tensors
-    direct: Tensors
-    solves: Mapping[str, SolveInfo] = field(default_factory=dict)
-    states: Mapping[str, State] = field(default_factory=dict)
-
-
 class Differentiator:
-    """Differentiates problems' losses: plain gradients for inner problems, hypergradients for outer ones.
+    """Differentiates problems' losses through the problems below them.
 
-    Args:
-        problems: By name, top level first.
-        slots: Where their modules hold parameters.
-        passes: Where passes are counted.
-        reduce: The mean over data-parallel ranks, or nothing.
-        autocast: Makes the context for training passes.
+    Attributes:
+        gradients: Takes the training passes.
+        dependencies: Who depends on whom.
+        estimators: The method by which each inner problem is differentiated.
+        solver: The method by which the response of a problem below a middle one is differentiated again, where its own
+            method can't be.
+        on_solve: See :data:`OnSolve`.
+        on_nested_solve: Told of every solve that the derivative of a response takes, with the problem's name.
+        solve_timeout: Seconds that one product may take; None for no limit.
     """
 
-    def __init__(
-        self,
-        problems: Mapping[str, Problem],
-        slots: ParameterSlots,
-        passes: PassCount,
-        reduce: Reduce,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        self._problems = problems
-        self._slots = slots
-        self._passes = passes
-        self._reduce = reduce
-        self._autocast = autocast
-        self.devices = generator_devices(p for problem in problems.values() for p in problem.parameters)
-
-    def plain(
-        self, problem: Problem, batch: Any, others: Sequence[str] = ()
-    ) -> tuple[LossGradient, dict[str, Tensors]]:
-        """Returns the loss and gradient of an inner problem, and its gradient for ``others``, other problems.
-
-        Cost: 1 forward and 1 backward pass.
-        """
-        names = [problem.name, *others]
-        inputs = tuple(p for name in names for p in self._problems[name].parameters)
-        value, metrics, grads = self._gradients(problem, batch, inputs)
-        own, *more = self._split(grads, names)
-        return LossGradient(value, metrics, own, own), dict(zip(others, more, strict=True))
-
-    def recorded(
-        self,
-        problem: Problem,
-        batch: Any,
-        generators: States,
-        estimator: Estimator,
-        responds_to: Sequence[str],
-        earlier: RecordedUpdate | None,
-        *,
-        last: bool,
-    ) -> tuple[LossGradient, RecordedUpdate]:
-        """Returns the loss and gradient of an inner problem, and what it takes to make its next update again.
-
-        Args:
-            problem: The inner problem.
-            batch: Its batch.
-            generators: The generators' states now.
-            estimator: The method, which says what must be kept.
-            responds_to: The problems whose parameters reach the loss.
-            earlier: The update before, if that was recorded.
-            last: Whether this is the last update before the problem above is updated.
-
-        Cost: as :meth:`plain`.
-        """
-        assert problem.optimizer is not None
-        update, memory = update_of(problem.optimizer, problem.parameters)
-        inner = tuple(p.detach().clone() for p in problem.parameters)
-        buffers = self._slots.buffer_values(None if earlier is None else earlier.buffers)
-        step = RecordedUpdate(batch, generators, inner, memory, update, buffers)
-        above: dict[str, Tensors] = {}
-        if estimator.keeps_graph:
-            outer = tuple(p for name in responds_to for p in self._problems[name].parameters)
-            value, metrics, grads, graph = take_with_graph(problem, batch, inner, outer, self._slots, self._passes)
-            grads = self._reduce(grads)
-            result = LossGradient(value, metrics, grads, grads)
-            step = replace(step, graph=graph)
-        else:
-            # What autocast makes of ∂f/∂λ is no match for the products' full precision.
-            wanted = last and estimator.needs_outer_gradient and not self._autocasts()
-            result, above = self.plain(problem, batch, responds_to if wanted else ())
-        if not last:
-            return result, step
-        versions = {id(p): p._version for name in above for p in self._problems[name].parameters}
-        return result, replace(step, gradient=result.gradient, outer_gradient=above, outer_versions=versions)
+    gradients: Gradients
+    dependencies: Dependencies
+    estimators: Mapping[str, Estimator]
+    solver: Estimator
+    on_solve: OnSolve
+    on_nested_solve: Callable[[str, SolveInfo], None]
+    solve_timeout: float | None = None
 
     def total(
         self,
         problem: Problem,
-        batch: Any,
-        dependencies: Dependencies,
+        batches: Sequence[Any],
         records: Mapping[str, InnerRecord],
-        estimators: Mapping[str, Estimator],
-        states: Mapping[str, State],
-        on_solve: Callable[[str, Callable[[Estimator], Pullback], Pullback], Pullback],
+        states: Mapping[str, Mapping[str, State]],
+        active: frozenset[str],
+        others: Sequence[str] = (),
     ) -> LossGradient:
-        """Returns the loss and hypergradient of an outer problem.
+        """Returns a problem's loss and total gradient: its hypergradient, where there are problems below it.
 
-        Cotangents are accumulated over the inner problems, each before those that it responds to, by one best-response
+        Cotangents are accumulated over the problems below, each before those that it responds to, by one best-response
         product a problem.
 
         Args:
-            problem: The outer problem.
-            batch: Its batch.
-            dependencies: Who depends on whom.
-            records: What to take the inner losses on.
-            estimators: By inner problem.
-            states: Estimator states by inner problem.
-            on_solve: Sees every product, with a way to take it again by another method, and returns the one to use.
+            problem: The problem.
+            batches: Its batches.
+            records: What to take the losses below on.
+            states: Estimator states, by problem and problem below it.
+            active: The problems that are differentiated through; others are constants.
+            others: Further problems with respect to whose parameters to differentiate.
         """
-        inner = [name for name in dependencies.inner if self.affects(name, problem.name, dependencies)]
-        names = [problem.name, *inner]
-        inputs = tuple(p for name in names for p in self._problems[name].parameters)
-        value, metrics, grads = self._gradients(problem, batch, inputs)
-        require_finite(value, f"problem {problem.name!r}")
-        cotangents = dict(zip(names, self._split(grads, names), strict=True))
-        direct = cotangents[problem.name]
+        blocks = [tuple(name for name in block if name in active) for block in self.dependencies.below(problem.name)]
+        below = [name for block in blocks for name in block]
+        taken = self.gradients.take(problem, batches, [problem.name, *below, *others])
+        if not below or taken.overflow:
+            own = taken.parts[problem.name]
+            further = {other: taken.parts[other] for other in others}
+            return LossGradient(taken.value, taken.metrics, own, own, further, overflow=taken.overflow)
+        require_finite(taken.value, f"problem {problem.name!r}")
+        cotangents, direct = dict(taken.parts), taken.parts[problem.name]
         solves: dict[str, SolveInfo] = {}
         new_states: dict[str, State] = {}
-        for name in inner:
-            others = [other for other in dependencies.responds_to(name) if other in cotangents]
-            lower = self.inner_problem(name, others, records[name])
-            v = cotangents[name]
+        own_states = states.get(problem.name, {})
+        lowers: dict[str, tuple[list[str], InnerProblem]] = {}
 
-            def pull(
-                estimator: Estimator, lower: InnerProblem = lower, v: Tensors = v, state: State | None = None
-            ) -> Pullback:
-                return estimator.respond(lower).pullback(v, state or {})
+        def pull(name: str, v: Tensors, last: bool) -> Mapping[str, Tensors]:
+            if name not in lowers:
+                given = [other for other in self.dependencies.responds_to(name) if other in cotangents]
+                lowers[name] = given, self.inner_problem(name, given, records[name], records, states, active)
+            given, lower = lowers[name]
 
-            pulled = on_solve(name, pull, pull(estimators[name], state=states.get(name)))
-            solves[name], new_states[name] = pulled.info, pulled.state
-            for other, part in zip(others, self._split(pulled.value, others), strict=True):
-                cotangents[other] = add(cotangents[other], part)
-        return LossGradient(value, metrics, cotangents[problem.name], direct, solves, new_states)
+            def product(estimator: Estimator, state: State | None = None) -> Pullback:
+                return self._product(name, estimator, lower, v, state or {})
 
-    def affects(self, name: str, outer: str, dependencies: Dependencies) -> bool:
-        """Whether an inner problem responds to an outer one, directly or through other inner problems."""
-        seen, stack = set(), [name]
-        while stack:
-            current = stack.pop()
-            for other in dependencies.responds_to(current):
-                if other == outer:
-                    return True
-                if other in dependencies.inner and other not in seen:
-                    seen.add(other)
-                    stack.append(other)
-        return False
+            pulled = self.on_solve(name, product, own_states.get(name))
+            if last:
+                solves[name], new_states[name] = pulled.info, pulled.state
+            parts: dict[str, Tensors] = self.gradients.split(pulled.value, given)
+            return parts
 
-    def inner_problem(self, name: str, others: Sequence[str], record: InnerRecord) -> InnerProblem:
-        """Returns an inner problem as estimators see it, responding to ``others``."""
-        problem = self._problems[name]
-        outer = tuple(p for other in others for p in self._problems[other].parameters)
-        label = f"problem {name!r}"
+        solves.update(accumulate([block for block in blocks if block], cotangents, set(taken.reached), pull))
+        return LossGradient(
+            taken.value,
+            taken.metrics,
+            cotangents[problem.name],
+            direct,
+            {other: cotangents[other] for other in others},
+            solves,
+            new_states,
+        )
+
+    def _product(self, name: str, estimator: Estimator, lower: InnerProblem, v: Tensors, state: State) -> Pullback:
+        limited = lower if self.solve_timeout is None else self._limited(name, estimator, lower)
+        with self.gradients.activity(Work.RESPONSE, name, estimator.name):
+            return estimator.respond(limited).pullback(v, state)
+
+    def _limited(self, name: str, estimator: Estimator, lower: InnerProblem) -> InnerProblem:
+        """Returns the problem with all its losses raising once the time for this product is over."""
+        assert self.solve_timeout is not None
+        what = f"the best-response product of problem {name!r} by method {estimator.name!r}"
+        deadline = Deadline(self.gradients.reduce, self.solve_timeout, what, shared=distributed.size() > 1)
+        losses = (lower.objective, *lower.samples, *(step.objective for step in lower.trajectory))
+        for objective in losses:
+            objective.reduce = deadline
+        return lower
+
+    def inner_problem(
+        self,
+        name: str,
+        given: Sequence[str],
+        record: InnerRecord,
+        records: Mapping[str, InnerRecord],
+        states: Mapping[str, Mapping[str, State]],
+        active: frozenset[str],
+    ) -> InnerProblem:
+        """Returns an inner problem as estimators see it.
+
+        Args:
+            name: The problem.
+            given: The problems that it responds to, as far as they are varied.
+            record: What to take its loss on.
+            records: What to take the losses below it on.
+            states: Estimator states, by problem and problem below it.
+            active: The problems that respond; others are constants.
+        """
+        problem = self.gradients.problems[name]
+        outer = self._parameters(given)
+        below = {
+            other: Settled(records[other], self.gradients.problems[other].parameters)
+            for block in self.dependencies.below(name)
+            for other in block
+            if other in active and other in records
+        }
 
         def objective(
-            batches: Sequence[Any], generators: States | None, buffers: BufferValues | None = None
+            batches: Sequence[Any],
+            generators: States | None,
+            buffers: BufferValues | None = None,
+            inner: Tensors = problem.parameters,
+            settled: Mapping[str, Settled] = below,
         ) -> ModuleObjective:
-            def loss() -> Mapping[str, Any]:
-                pairs = [loss_and_outputs(problem.loss(batch), label) for batch in batches]
-                value = pairs[0][0] if len(pairs) == 1 else torch.stack([value for value, _ in pairs]).mean()
-                return {"loss": value, "outputs": [part for _, outputs in pairs for part in outputs]}
-
-            replay = Replay(self.devices, generators)
-            return ModuleObjective(
-                loss, self._slots, problem.parameters, outer, label, replay, self._passes, self._reduce, buffers
-            )
+            return self._objective(problem, given, batches, generators, buffers, inner, settled, states)
 
         def recorded(step: RecordedUpdate) -> InnerStep:
-            above = [step.outer_gradient.get(other) for other in others]
+            above = [step.outer_gradient.get(other) for other in given]
             # A problem above may have been updated since, where it is an inner problem itself.
             valid = above and None not in above and all(step.outer_versions.get(id(p)) == p._version for p in outer)
             whole = tuple(p for part in above for p in part or ()) if valid else None
-            lower = objective([step.batch], step.generators, step.buffers)
+            lower = objective(step.batches, step.generators, step.buffers, step.inner, step.below)
             graph = None if step.graph is None else step.graph.still_valid(outer)
             return InnerStep(lower, step.inner, step.memory, step.update, step.gradient, whole, graph)
 
+        trajectory = [recorded(step) for step in record.trajectory]
         return InnerProblem(
             objective(record.batches, record.generators),
             problem.parameters,
             outer,
-            [recorded(step) for step in record.trajectory],
+            trajectory,
             samples=[objective([batch], None) for batch in record.samples],
             diagonal=None if problem.optimizer is None else curvature_of(problem.optimizer, problem.parameters),
+            start=self._start(problem, given, record),
         )
 
-    def _autocasts(self) -> bool:
-        """Whether training passes run under autocast, the engine's or the user's."""
-        with self._autocast():
-            return any(torch.is_autocast_enabled(device.partition(":")[0]) for device in self.devices)
+    def _objective(
+        self,
+        problem: Problem,
+        given: Sequence[str],
+        batches: Sequence[Any],
+        generators: States | None,
+        buffers: BufferValues | None,
+        inner: Tensors,
+        settled: Mapping[str, Settled],
+        states: Mapping[str, Mapping[str, State]],
+    ) -> ModuleObjective:
+        """Returns a problem's total loss as a function of its own parameters and of those in ``given``."""
+        label = f"problem {problem.name!r}"
 
-    def _gradients(self, problem: Problem, batch: Any, inputs: Tensors) -> tuple[Tensor, dict[str, Any], Tensors]:
-        with torch.enable_grad(), self._autocast():
-            value, metrics = problem.evaluate_loss(batch)
-        self._passes.forward += 1
-        grads: Sequence[Tensor | None] = [None] * len(inputs)
-        if value.requires_grad:
-            grads = torch.autograd.grad(value, inputs, allow_unused=True)
-            self._passes.backward += 1
-        return value.detach(), metrics, self._reduce(dense_gradient(grads, inputs))
+        def loss() -> Mapping[str, Any]:
+            pairs = [loss_and_outputs(problem.loss(batch), label) for batch in batches]
+            value = pairs[0][0] if len(pairs) == 1 else torch.stack([value for value, _ in pairs]).mean()
+            return {"loss": value, "outputs": [part for _, outputs in pairs for part in outputs]}
 
-    def _split(self, flat: Tensors, names: Sequence[str]) -> list[Tensors]:
-        parts, start = [], 0
-        for name in names:
-            stop = start + len(self._problems[name].parameters)
-            parts.append(flat[start:stop])
-            start = stop
-        return parts
+        parts = self.gradients
+        replay, outer = Replay(parts.devices, generators), self._parameters(given)
+        if not settled:
+            return ModuleObjective(
+                loss, parts.slots, problem.parameters, outer, label, replay, parts.passes, parts.reduce, buffers
+            )
+        known = {other: self.gradients.problems[other].parameters for other in given}
+        known |= {problem.name: inner, **{other: state.values for other, state in settled.items()}}
+        order = [name for block in self.dependencies.below(problem.name) for name in reversed(block) if name in settled]
+        lower = [self._lower(problem.name, name, known, settled, states) for name in reversed(order)]
+        return NestedObjective(
+            loss,
+            parts.slots,
+            problem.parameters,
+            outer,
+            label,
+            replay,
+            parts.passes,
+            buffers,
+            lower=lower,
+            own=problem.name,
+            sizes={other: len(known[other]) for other in given},
+        )
+
+    def _lower(
+        self,
+        over: str,
+        name: str,
+        known: Mapping[str, Tensors],
+        settled: Mapping[str, Settled],
+        states: Mapping[str, Mapping[str, State]],
+    ) -> Lower:
+        """Returns a problem below ``over`` as a function of those that it responds to, around the ``known`` values."""
+        given = [other for other in self.dependencies.responds_to(name) if other in known]
+        here, problem = settled[name], self.gradients.problems[name]
+        records = {other: state.record for other, state in settled.items()}
+        lower = self.inner_problem(name, given, here.record, records, states, frozenset(settled))
+        base = tuple(part for other in given for part in known[other])
+        estimator, state = self.estimators[name], states.get(over, {}).get(name, {})
+        respond: BestResponse
+        if estimator.needs_trajectory and lower.trajectory:
+            respond = RepeatedUpdates(lower.trajectory, lower.start)
+        else:
+            solver = method_again(estimator, self.solver)
+            standing = InnerProblem(
+                lower.objective, here.values, base, lower.trajectory, lower.samples, lower.diagonal, lower.start
+            )
+            respond = SolvedResponse(standing, estimator, state, solver, lambda info: self.on_nested_solve(name, info))
+        return Lower(name, problem.parameters, given, respond)
+
+    def _start(self, problem: Problem, given: Sequence[str], record: InnerRecord) -> tuple[int, ...] | None:
+        """Returns the places among the given parameters of those from which a problem's recorded updates started."""
+        if problem.start_source not in given or not record.trajectory or not record.trajectory[0].first:
+            return None
+        place = 0
+        for other in given:
+            source = self.gradients.problems[other]
+            if other == problem.start_source:
+                return tuple(place + source.parameter_names.index(name) for name in problem.parameter_names)
+            place += len(source.parameters)
+        return None
+
+    def _parameters(self, names: Sequence[str]) -> Tensors:
+        return tuple(p for name in names for p in self.gradients.problems[name].parameters)

@@ -1,8 +1,8 @@
-"""Levels: which problem's parameters reach which loss, found by evaluating each loss once."""
+"""Levels: which problem's parameters reach which loss, and who is over whom."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,28 +20,57 @@ __all__ = ["Dependencies", "check_ownership", "discover"]
 class Dependencies:
     """Who depends on whom.
 
+    Problem p is *over* c, and c *below* p, where p is listed first, p's loss reads c, and c's best response depends on
+    p: directly, or through other problems below p.
+
     Attributes:
         reach: For every problem, top level first, the problems whose parameters reach its loss.
-        outer: The problems that are differentiated through others.
-        inner: The problems that outer ones are differentiated through, in the order in which cotangents are
-            accumulated: each comes before the problems that it responds to.
+        starts: By inner problem, the problem from whose parameters it starts, where it starts from another's.
+        lower: For every problem, those below it.
+        outer: The problems that nothing is over.
+        inner: All others, in the order in which cotangents are accumulated: each comes before the problems that it
+            responds to, but for those that respond to each other.
     """
 
     reach: Mapping[str, frozenset[str]]
+    starts: Mapping[str, str]
+    lower: Mapping[str, frozenset[str]]
     outer: tuple[str, ...]
     inner: tuple[str, ...]
 
     def responds_to(self, name: str) -> tuple[str, ...]:
-        """Returns the problems whose parameters move the best response of an inner problem."""
-        return tuple(other for other in self.reach if other != name and other in self.reach[name])
+        """Returns the problems whose parameters move the best response of an inner problem, top level first.
+
+        That is what its total loss depends on: its own loss, and the best responses below it.
+        """
+        below = self.lower[name]
+        found = set().union(*(self.read_by(other) for other in (name, *below))) - below - {name}
+        return tuple(other for other in self.reach if other in found)
+
+    def read_by(self, name: str) -> frozenset[str]:
+        """Returns the problems that a problem's own loss reads, or that it starts from."""
+        start = self.starts.get(name)
+        return (self.reach[name] if start is None else self.reach[name] | {start}) - {name}
+
+    def below(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """Returns the problems below one in the order of accumulation, those that respond to each other together."""
+        members = self.lower[name]
+        return _accumulation_order([other for other in self.inner if other in members], self.responds_to)
+
+    def depth(self, name: str) -> int:
+        """Returns 0 for an outer problem, and one more than the deepest problem over it for an inner one."""
+        return 1 + max((self.depth(over) for over, below in self.lower.items() if name in below), default=-1)
 
     def describe(self) -> str:
-        """Returns one line a problem: ``cleaner: loss depends on classifier``."""
+        """Returns one line a problem: ``cleaner (outer): loss depends on classifier``."""
         lines = []
         for name, reach in self.reach.items():
-            role = "outer" if name in self.outer else "inner"
+            role = "outer" if name in self.outer else "inner, and outer to others" if self.lower[name] else "inner"
             others = ", ".join(other for other in self.reach if other in reach and other != name)
-            lines.append(f"{name} ({role}): loss depends on {others}")
+            start = f"; starts from {self.starts[name]}" if name in self.starts else ""
+            over = ", ".join(other for other in self.reach if other in self.lower[name])
+            over = f"; over {over}" if over and len(self.reach) > 2 else ""
+            lines.append(f"{name} ({role}): loss depends on {others or 'nothing else'}{start}{over}")
         return "\n".join(lines)
 
 
@@ -73,15 +102,15 @@ def discover(problems: Sequence[Problem], slots: ParameterSlots, batches: Mappin
         batches: A batch for every problem.
 
     Raises:
-        GraphError: A problem that depends on nothing above it, or that nothing above depends on; a cycle; more than
-            two levels.
+        GraphError: A problem that depends on nothing above it, or that nothing above depends on.
         ParameterError: An inner problem's parameter object is read directly, where swapped values would not be seen.
     """
     reach: dict[str, frozenset[str]] = {}
     bypassed: dict[str, set[str]] = {}
     for problem in problems:
         reach[problem.name], bypassed[problem.name] = _reach(problem, problems, slots, batches[problem.name])
-    dependencies = _levels([problem.name for problem in problems], reach)
+    starts = {problem.name: problem.start_source for problem in problems if problem.start_source is not None}
+    dependencies = _levels([problem.name for problem in problems], reach, starts)
     for name, direct in bypassed.items():
         wrong = direct & set(dependencies.inner)
         if wrong:
@@ -110,15 +139,16 @@ def _reach(
     return frozenset(swapped | direct), direct
 
 
-def _levels(names: Sequence[str], reach: Mapping[str, frozenset[str]]) -> Dependencies:
+def _levels(names: Sequence[str], reach: Mapping[str, frozenset[str]], starts: Mapping[str, str]) -> Dependencies:
+    lower: dict[str, frozenset[str]] = {}
+    levels = _Levels(names, reach, starts, lower)
+    for name in reversed(names):
+        lower[name] = frozenset(levels.below(name))
+    inner = [name for name in names if any(name in below for below in lower.values())]
     place = {name: index for index, name in enumerate(names)}
-    above = {name: [other for other in reach[name] if place[other] < place[name]] for name in names}
-    below = {
-        name: [other for other in reach[name] if place[other] > place[name] and name in reach[other]] for name in names
-    }
-    reached_from_above = {other for name in names for other in reach[name] if place[other] > place[name]}
     for name in names:
-        if name in reached_from_above and not above[name] and not below[name]:
+        readers = [other for other in names if place[other] < place[name] and name in reach[other]]
+        if readers and name not in inner and not lower[name]:
             raise GraphError(
                 f"the loss of inner problem {name!r} does not depend on the parameters of any problem above it "
                 f"({', '.join(names[: place[name]])}): there is nothing to differentiate. Use the outer parameters in "
@@ -126,19 +156,57 @@ def _levels(names: Sequence[str], reach: Mapping[str, frozenset[str]]) -> Depend
                 "without detach()."
             )
     for name in (*names[1:], names[0]):  # the most telling message first
-        if not below[name] and name not in reached_from_above:
+        if name not in inner and not lower[name]:
             raise GraphError(_isolated(name, names, place))
-    inner = [name for name in names if name in reached_from_above and above[name]]
-    outer = [name for name in names if name not in inner]
-    for name in inner:
-        if below[name]:
-            raise GraphError(
-                f"problem {name!r} is inner to {above[name]} and outer to {below[name]}: more than two levels need "
-                "the curvature of the "
-                "middle level's response, which this version does not compute. Merge two levels, or nest "
-                "hypergradient() calls."
-            )
-    return Dependencies(dict(reach), tuple(outer), _accumulation_order(inner, reach))
+    outer = tuple(name for name in names if name not in inner)
+    unordered = Dependencies(dict(reach), dict(starts), lower, outer, tuple(inner))
+    order = _accumulation_order(inner, unordered.responds_to)
+    return Dependencies(dict(reach), dict(starts), lower, outer, tuple(name for block in order for name in block))
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Finds who is below whom, the last listed problem first."""
+
+    names: Sequence[str]
+    reach: Mapping[str, frozenset[str]]
+    starts: Mapping[str, str]
+    lower: Mapping[str, frozenset[str]]
+
+    def below(self, name: str) -> set[str]:
+        """Returns the problems below one; what is below those listed after it is known."""
+        found: set[str] = set()
+        stack = [other for other in self._later(name, self.reach[name]) if self._depends(other, name, set())]
+        while stack:
+            current = stack.pop()
+            if current in found:
+                continue
+            found.add(current)
+            stack.extend(self.lower[current])
+            stack.extend(other for other in self._given(current, name) if self._depends(other, name, set()))
+        return found
+
+    def _depends(self, name: str, above: str, seen: set[str]) -> bool:
+        """Whether a problem's best response depends on one that is listed before it."""
+        seen.add(name)
+        if above in self._reads(name):
+            return True
+        further = {*self.lower[name], *self._given(name, above)} - seen
+        return any(self._depends(other, above, seen) for other in further)
+
+    def _given(self, name: str, above: str) -> Iterator[str]:
+        """Yields the problems after ``above`` whose values a problem takes as given: it is neither over nor below."""
+        for other in self._later(above, self._reads(name)):
+            if other != name and other not in self.lower[name] and name not in self.lower[other]:
+                yield other
+
+    def _reads(self, name: str) -> set[str]:
+        start = self.starts.get(name)
+        return set(self.reach[name]) | ({start} if start is not None else set())
+
+    def _later(self, name: str, among: Collection[str]) -> list[str]:
+        after = self.names[self.names.index(name) + 1 :]
+        return [other for other in after if other in among]
 
 
 def _isolated(name: str, names: Sequence[str], place: Mapping[str, int]) -> str:
@@ -156,13 +224,28 @@ def _isolated(name: str, names: Sequence[str], place: Mapping[str, int]) -> str:
     )
 
 
-def _accumulation_order(inner: Sequence[str], reach: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
-    """Orders inner problems so that each comes before those it responds to."""
+def _accumulation_order(inner: Sequence[str], responds_to: Any) -> tuple[tuple[str, ...], ...]:
+    """Orders inner problems so that each comes before those it responds to; a cycle makes one block."""
+    reached = {name: _closure(name, inner, responds_to) for name in inner}
     rest, order = list(inner), []
     while rest:
-        free = [name for name in rest if not any(name in reach[other] for other in rest if other != name)]
-        if not free:
-            raise GraphError(f"problems {', '.join(rest)} depend on each other in a cycle: join them into one problem")
-        order.extend(free)
-        rest = [name for name in rest if name not in free]
+        # A block that no other one responds to: what responds to a member is in the block itself.
+        block = next(
+            names
+            for names in (tuple(o for o in rest if o == n or (o in reached[n] and n in reached[o])) for n in rest)
+            if not any(reached[other] & set(names) for other in rest if other not in names)
+        )
+        order.append(block)
+        rest = [name for name in rest if name not in block]
     return tuple(order)
+
+
+def _closure(name: str, inner: Sequence[str], responds_to: Any) -> set[str]:
+    found: set[str] = set()
+    stack = [name]
+    while stack:
+        for other in responds_to(stack.pop()):
+            if other in inner and other not in found:
+                found.add(other)
+                stack.append(other)
+    return found

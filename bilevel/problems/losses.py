@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.functional import ModuleObjective, Objective, ParameterSlots, PassCount
-from bilevel.problems.base import Problem
-from bilevel.problems.differentiate import Differentiator, InnerRecord
-from bilevel.problems.graph import Dependencies
+import torch
+from torch import Tensor
+
+from bilevel.functional import ModuleObjective, Objective, PassCount
+from bilevel.problems.differentiate import Differentiator
+from bilevel.problems.records import InnerRecord
 from bilevel.randomness import Replay
 
 __all__ = ["NestedLosses", "nested_losses"]
@@ -21,7 +23,8 @@ class NestedLosses:
 
     Attributes:
         outer: F, of the parameters of the problems in ``inner``, in that order, and of the outer problem's own.
-        inner: By inner problem, each before those that it responds to: f, of its own parameters and those of ``above``.
+        inner: By inner problem, each before those that it responds to: its total loss, of its own parameters and those
+            of ``above``.
         above: By inner problem: the problems that it responds to.
     """
 
@@ -31,36 +34,42 @@ class NestedLosses:
 
 
 def nested_losses(
-    problems: Mapping[str, Problem],
-    slots: ParameterSlots,
     differentiator: Differentiator,
-    dependencies: Dependencies,
     outer: str,
-    batch: Any,
+    batches: Sequence[Any],
     records: Mapping[str, InnerRecord],
+    active: frozenset[str],
 ) -> NestedLosses:
-    """Returns the losses below an outer problem.
+    """Returns the losses below a problem.
 
     Args:
-        problems: All problems by name.
-        slots: Where their modules hold parameters.
         differentiator: Makes the inner objectives.
-        dependencies: Who depends on whom.
-        outer: Name of the outer problem.
-        batch: Its batch.
+        outer: Name of the problem.
+        batches: Its batches.
         records: What to take the inner losses on.
+        active: The problems that respond.
     """
-    names = [name for name in dependencies.inner if differentiator.affects(name, outer, dependencies)]
+    parts, dependencies = differentiator.gradients, differentiator.dependencies
+    problem = parts.problems[outer]
+    names = [name for block in dependencies.below(outer) for name in block if name in active]
+
+    def loss() -> Tensor:
+        values = [problem.evaluate_loss(batch)[0] for batch in batches]
+        return values[0] if len(values) == 1 else torch.stack(values).mean()
+
     objective = ModuleObjective(
-        lambda: problems[outer].evaluate_loss(batch)[0],
-        slots,
-        tuple(part for name in names for part in problems[name].parameters),
-        problems[outer].parameters,
+        loss,
+        parts.slots,
+        tuple(part for name in names for part in parts.problems[name].parameters),
+        problem.parameters,
         f"problem {outer!r}",
-        Replay(differentiator.devices),
+        Replay(parts.devices),
         PassCount(),
     )
     known = {outer, *names}
     above = {name: tuple(other for other in dependencies.responds_to(name) if other in known) for name in names}
-    inner = {name: differentiator.inner_problem(name, above[name], records[name]).objective for name in names}
+    inner = {
+        name: differentiator.inner_problem(name, above[name], records[name], records, {}, active).objective
+        for name in names
+    }
     return NestedLosses(objective, inner, above)

@@ -38,7 +38,7 @@ class KeptGraph:
 
 def take_with_graph(
     problem: Problem,
-    batch: Any,
+    batches: Sequence[Any],
     inner: Tensors,
     outer: Tensors,
     slots: ParameterSlots,
@@ -48,7 +48,7 @@ def take_with_graph(
 
     Args:
         problem: The problem.
-        batch: Its batch.
+        batches: Its batches.
         inner: Copies of its parameters' values.
         outer: The parameters of the problems above that reach its loss.
         slots: Where the modules hold parameters.
@@ -65,8 +65,10 @@ def take_with_graph(
     name, copies = f"problem {problem.name!r}", leaves(inner)
     # Backward inside the swap: activation checkpointing evaluates again with what the modules hold at that moment.
     with slots.buffers_apart(), slots.swapped(problem.parameters, copies), torch.enable_grad():
-        value, metrics = problem.evaluate_loss(batch)
-        passes.forward += 1
+        taken = [problem.evaluate_loss(batch) for batch in batches]
+        value = taken[0][0] if len(taken) == 1 else torch.stack([loss for loss, _ in taken]).mean()
+        metrics = taken[-1][1]
+        passes.forward += len(taken)
         grads: Sequence[Tensor | None] = ()
         if value.requires_grad:
             refuse_once_differentiable(value, copies, name)

@@ -1,0 +1,139 @@
+"""Training passes: a problem's loss and its gradient at fixed parameters of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.faults import Activity, Work
+from bilevel.functional import ParameterSlots, PassCount, Reduce, dense_gradient
+from bilevel.loss_scale import LossScale
+from bilevel.problems.base import Problem
+from bilevel.randomness import generator_devices
+from bilevel.vector import Tensors
+
+__all__ = ["Gradients", "Taken"]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A training pass over one batch or several.
+
+    Attributes:
+        value: The loss, detached.
+        metrics: Other values that the loss returned.
+        parts: The gradient by problem.
+        reached: The problems whose parameters the loss depends on.
+        overflow: Whether gradients overflowed in float16: the update is to be left out.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Any]
+    parts: Mapping[str, Tensors]
+    reached: frozenset[str]
+    overflow: bool = False
+
+
+class Gradients:
+    """Takes training passes.
+
+    Args:
+        problems: By name, top level first.
+        slots: Where their modules hold parameters.
+        passes: Where passes are counted.
+        reduce: The mean over data-parallel ranks, or nothing.
+        activity: Told what is going on.
+        autocast: Makes the context for training passes.
+        scales: Loss scales by problem, where training passes are in float16.
+    """
+
+    def __init__(
+        self,
+        problems: Mapping[str, Problem],
+        slots: ParameterSlots,
+        passes: PassCount,
+        reduce: Reduce,
+        activity: Activity,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        scales: Mapping[str, LossScale] | None = None,
+    ) -> None:
+        self.problems = problems
+        self.slots = slots
+        self.passes = passes
+        self.reduce = reduce
+        self.activity = activity
+        self._autocast = autocast
+        self._scales = scales or {}
+        self.devices = generator_devices(p for problem in problems.values() for p in problem.parameters)
+
+    def take(self, problem: Problem, batches: Sequence[Any], names: Sequence[str]) -> Taken:
+        """Returns a problem's loss and its gradient for the parameters of the problems in ``names``.
+
+        Cost: 1 forward and 1 backward pass a batch.
+        """
+        values: list[Tensor] = []
+        metrics: list[Mapping[str, Any]] = []
+        total: list[Tensor | None] = [None] * sum(len(self.problems[name].parameters) for name in names)
+        inputs = tuple(p for name in names for p in self.problems[name].parameters)
+        for batch in batches:
+            value, more, grads = self._one(problem, batch, inputs)
+            values.append(value)
+            metrics.append(more)
+            total = [b if a is None else a if b is None else a + b for a, b in zip(total, grads, strict=True)]
+        count = len(batches)
+        parts = self.split(tuple(total), names)
+        reached = frozenset(name for name, part in parts.items() if any(grad is not None for grad in part))
+        flat = self.reduce(dense_gradient(total, inputs))
+        scale = self._scales.get(problem.name)
+        unscaled = flat if scale is None else scale.unscaled(flat)
+        overflow = unscaled is None
+        flat = flat if unscaled is None else unscaled
+        if count > 1:
+            flat = tuple(part / count for part in flat)
+        value = values[0] if count == 1 else torch.stack(values).mean()
+        return Taken(value, _mean(metrics), self.split(flat, names), reached, overflow)
+
+    def autocasts(self) -> bool:
+        """Whether training passes run under autocast, the engine's or the user's."""
+        with self._autocast():
+            return any(torch.is_autocast_enabled(device.partition(":")[0]) for device in self.devices)
+
+    def split(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+        """Returns the parts of a vector over the parameters of several problems."""
+        parts, start = {}, 0
+        for name in names:
+            stop = start + len(self.problems[name].parameters)
+            parts[name], start = tuple(flat[start:stop]), stop
+        return parts
+
+    def _one(
+        self, problem: Problem, batch: Any, inputs: Tensors
+    ) -> tuple[Tensor, Mapping[str, Any], Sequence[Tensor | None]]:
+        with self.activity(Work.FORWARD, problem.name), torch.enable_grad(), self._autocast():
+            value, metrics = problem.evaluate_loss(batch)
+        self.passes.forward += 1
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
+        if value.requires_grad:
+            scale = self._scales.get(problem.name)
+            with self.activity(Work.BACKWARD, problem.name):
+                scaled = value if scale is None else scale.scaled(value)
+                grads = torch.autograd.grad(scaled, inputs, allow_unused=True)
+            self.passes.backward += 1
+        return value.detach(), metrics, grads
+
+
+def _mean(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Averages the metrics of several batches."""
+    if len(metrics) == 1:
+        return metrics[0]
+    keys = dict.fromkeys(key for one in metrics for key in one)
+    return {key: _average([float(one[key]) for one in metrics if key in one]) for key in keys}
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

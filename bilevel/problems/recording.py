@@ -1,0 +1,87 @@
+"""Inner updates, and what it takes to make them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bilevel.hypergrad import State
+from bilevel.optim import clipped, update_of
+from bilevel.problems.base import Problem
+from bilevel.problems.differentiate import Differentiator
+from bilevel.problems.records import InnerRecord, LossGradient, RecordedUpdate, Settled
+from bilevel.problems.step_graph import take_with_graph
+from bilevel.randomness import States
+
+__all__ = ["Recorder"]
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Takes the gradients of inner updates in a way that lets the updates be made again.
+
+    Attributes:
+        differentiator: Takes the gradients.
+    """
+
+    differentiator: Differentiator
+
+    def take(
+        self,
+        problem: Problem,
+        batches: Sequence[Any],
+        generators: States,
+        records: Mapping[str, InnerRecord],
+        states: Mapping[str, Mapping[str, State]],
+        active: frozenset[str],
+        earlier: RecordedUpdate | None,
+        *,
+        first: bool,
+        last: bool,
+    ) -> tuple[LossGradient, RecordedUpdate]:
+        """Returns the loss and total gradient of an inner problem, and the record of its next update.
+
+        Args:
+            problem: The inner problem.
+            batches: Its batches.
+            generators: The generators' states now.
+            records: What the losses below it are taken on.
+            states: Estimator states, by problem and problem below it.
+            active: The problems that are differentiated through.
+            earlier: The update before, if that was recorded.
+            first: Whether this is the first update since the problem above was updated.
+            last: Whether this is the last update before the problem above is updated.
+
+        Cost: that of the gradient.
+        """
+        assert problem.optimizer is not None
+        parts, dependencies = self.differentiator.gradients, self.differentiator.dependencies
+        estimator = self.differentiator.estimators[problem.name]
+        update, memory = update_of(problem.optimizer, problem.parameters)
+        if problem.max_grad_norm is not None:
+            update = clipped(update, problem.max_grad_norm)
+        inner = tuple(p.detach().clone() for p in problem.parameters)
+        buffers = parts.slots.buffer_values(None if earlier is None else earlier.buffers)
+        below = {
+            other: Settled(records[other], tuple(p.detach().clone() for p in parts.problems[other].parameters))
+            for block in dependencies.below(problem.name)
+            for other in block
+            if other in active
+        }
+        step = RecordedUpdate(batches, generators, inner, memory, update, buffers, first=first, below=below)
+        above = dependencies.responds_to(problem.name)
+        if estimator.keeps_graph:
+            outer = tuple(p for name in above for p in parts.problems[name].parameters)
+            value, metrics, grads, graph = take_with_graph(problem, batches, inner, outer, parts.slots, parts.passes)
+            grads = parts.reduce(grads)
+            result, step = LossGradient(value, metrics, grads, grads), replace(step, graph=graph)
+        else:
+            # What autocast makes of ∂f/∂λ is no match for the products' full precision.
+            wanted = last and estimator.needs_outer_gradient and not parts.autocasts()
+            others = above if wanted else ()
+            result = self.differentiator.total(problem, batches, records, states, active, others)
+        if not last:
+            return result, step
+        versions = {id(p): p._version for name in result.others for p in parts.problems[name].parameters}
+        return result, replace(step, gradient=result.gradient, outer_gradient=result.others, outer_versions=versions)

@@ -1,0 +1,244 @@
+"""Best responses as differentiable functions: what makes a middle level an inner problem like any other.
+
+A problem b with problems c below it has the total loss ``G(b, a, c*(b, a))``. Where b is inner to a, methods evaluate
+that loss and differentiate it, twice or at points nearby. So ``c*`` goes into it as a function that autograd can
+differentiate any number of times, and that can be evaluated around the point where c stands.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bilevel.functional import (
+    BufferValues,
+    Evaluate,
+    ModuleObjective,
+    Objective,
+    ParameterSlots,
+    PassCount,
+    dense_gradient,
+    gradient,
+    leaves,
+)
+from bilevel.hypergrad import Estimator, FiniteDifference, Identity, InnerProblem, InnerStep, Nystrom, State
+from bilevel.implicit_function import AdjointRule, obstacle
+from bilevel.randomness import Replay
+from bilevel.result import SolveInfo
+from bilevel.vector import Tensors, subtract
+
+__all__ = ["BestResponse", "Lower", "NestedObjective", "RepeatedUpdates", "SolvedResponse", "method_again"]
+
+T = TypeVar("T")
+
+
+class BestResponse(ABC):
+    """``λ ↦ w*(λ)`` of one problem, around the point where it stands."""
+
+    @abstractmethod
+    def __call__(self, outer: Tensors) -> Tensors:
+        """Returns ``w*``, which autograd can differentiate with respect to ``outer`` any number of times."""
+
+
+class RepeatedUpdates(BestResponse):
+    """The updates that were made, made again from the same start, as a function of λ.
+
+    Args:
+        steps: The updates, oldest first.
+        start: For each inner variable the place among the outer ones of that from which it started; None where the
+            start is a constant.
+
+    Cost: for each step 1 forward and 1 backward pass with graph.
+    """
+
+    def __init__(self, steps: Sequence[InnerStep], start: Sequence[int] | None = None) -> None:
+        self._steps = steps
+        self._start = start
+
+    def __call__(self, outer: Tensors) -> Tensors:
+        """See :meth:`BestResponse.__call__`."""
+        inner, memory = self._steps[0].inner, self._steps[0].memory
+        if self._start is not None:
+            inner = tuple(outer[place] for place in self._start)
+        with torch.enable_grad():
+            for step in self._steps:
+                point = tuple(part if part.requires_grad else part.detach().requires_grad_() for part in inner)
+                inner, memory = step.update(point, _gradient(step.objective, point, outer, graph=True), memory)
+        return inner
+
+
+class SolvedResponse(BestResponse):
+    """The solution of ``∂f/∂w (w, λ) = 0`` near ``(w₀, λ₀)``, where the problem stands and is taken for solved.
+
+    At other λ it is one Newton step from there, ``w₀ − H(w₀, λ)⁻¹ (g(w₀, λ) − g(w₀, λ₀))``, right to first order in
+    ``λ − λ₀``. First derivatives are those of the problem's own method. Further ones are those of the implicit function
+    theorem (:mod:`bilevel.implicit_function`), every solve by ``solver``.
+
+    Args:
+        problem: f, ``w₀`` and ``λ₀``.
+        estimator: The problem's own method.
+        state: Its state.
+        solver: A method whose solution can be differentiated.
+        report: Told of every solve by ``solver``.
+    """
+
+    def __init__(
+        self,
+        problem: InnerProblem,
+        estimator: Estimator,
+        state: State,
+        solver: Estimator,
+        report: Callable[[SolveInfo], None],
+    ) -> None:
+        self._problem = replace(problem, outer=tuple(part.detach().clone() for part in problem.outer))
+        self._point = tuple(part.detach() for part in problem.inner)
+        self._estimator = estimator
+        self._state = state
+        self.rule = AdjointRule(problem.objective, solver, report, closed=False)
+        self._slope: Tensors | None = None
+
+    def __call__(self, outer: Tensors) -> Tensors:
+        """See :meth:`BestResponse.__call__`."""
+        with torch.enable_grad():
+            found: Tensors = _Solved.apply(self, len(self._point), *self._values(outer), *outer)  # type: ignore[no-untyped-call]
+        return found
+
+    def pullback(self, cotangent: Tensors, inner: Tensors, outer: Tensors) -> Tensors:
+        """Returns ``cotangentᵀ dw*/dλ`` by the problem's own method, as numbers."""
+        here = replace(self._problem, inner=leaves(inner), outer=leaves(outer))
+        return self._estimator.respond(here).pullback(cotangent, self._state).value
+
+    def _values(self, outer: Tensors) -> Tensors:
+        base = self._problem.outer
+        # Copies in another precision (a check in float64) are at the same place.
+        if all(
+            given is known or torch.equal(given.detach().to(known), known)
+            for given, known in zip(outer, base, strict=True)
+        ):
+            return tuple(part.clone() for part in self._point)
+        there = tuple(part.detach() for part in outer)
+        objective = self._problem.objective
+        if self._slope is None:
+            self._slope = _gradient(objective, self._point, base)
+        moved = subtract(_gradient(objective, self._point, there), self._slope)
+        step, _ = self.rule.solve_once(moved, self._point, there, (True,) * len(moved))
+        return tuple(part - move.to(part) for part, move in zip(self._point, step, strict=True))
+
+
+def method_again(estimator: Estimator, default: Estimator) -> Estimator:
+    """Returns the method by which a response is differentiated again: the problem's own, where that solves its system.
+
+    ``H⁻¹ ≈ I`` is a solver too: what is left out of the first derivative is left out of the further ones.
+    """
+    if isinstance(estimator, FiniteDifference):
+        return Identity()
+    if isinstance(estimator, Identity) or (isinstance(estimator, Nystrom) and estimator.products == "autodiff"):
+        return estimator
+    return default if estimator.needs_state or obstacle(estimator) else estimator
+
+
+class _Solved(torch.autograd.Function):
+    """The solution forward, the implicit function theorem backward."""
+
+    @staticmethod
+    def forward(ctx: Any, response: SolvedResponse, count: int, *tensors: Tensor) -> Tensors:
+        inner, outer = tensors[:count], tensors[count:]
+        values = tuple(part.clone() for part in inner)
+        ctx.response, ctx.count = response, count
+        ctx.save_for_backward(*values, *outer)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        response, count = ctx.response, ctx.count
+        inner, outer = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if torch.is_grad_enabled():  # create_graph=True
+            found = response.rule.pullback(cotangents, inner, outer)
+        else:
+            found = response.pullback(cotangents, inner, outer)
+        wanted = ctx.needs_input_grad[2 + count :]
+        grads = [grad if needed else None for grad, needed in zip(found, wanted, strict=True)]
+        return (None, None, *(None,) * count, *grads)
+
+
+def _gradient(objective: Objective, inner: Tensors, outer: Tensors, *, graph: bool = False) -> Tensors:
+    point = inner if graph else leaves(inner)
+
+    def body(evaluate: Evaluate) -> Tensors:
+        return dense_gradient(gradient(evaluate(), point, objective, create_graph=graph), point)
+
+    return objective.within(point, outer, body)
+
+
+@dataclass(frozen=True)
+class Lower:
+    """A problem below another one.
+
+    Attributes:
+        name: Its name.
+        live: Its parameters as the modules hold them.
+        given: The problems that it responds to, of those that are known when it is evaluated.
+        respond: Its best response to their parameters.
+    """
+
+    name: str
+    live: Tensors
+    given: Sequence[str]
+    respond: BestResponse
+
+
+class NestedObjective(ModuleObjective):
+    """The total loss of a problem with others below it: each of these at its best response.
+
+    Args:
+        loss: See :class:`~bilevel.functional.ModuleObjective`, as for all that is not here.
+        lower: The problems below, each after those that it responds to.
+        own: The problem's name.
+        sizes: For each problem above that is varied, how many parameters it has.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[], object],
+        slots: ParameterSlots,
+        live_inner: Tensors,
+        live_outer: Tensors,
+        name: str,
+        replay: Replay,
+        passes: PassCount,
+        buffers: BufferValues | None = None,
+        *,
+        lower: Sequence[Lower],
+        own: str,
+        sizes: Mapping[str, int],
+    ) -> None:
+        super().__init__(loss, slots, live_inner, live_outer, name, replay, passes, None, buffers)
+        self._lower = lower
+        self._own = own
+        self._sizes = sizes
+
+    def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
+        """See :meth:`Objective.within`."""
+        with ExitStack() as stack:
+            stack.enter_context(self._slots.buffers_protected(self._buffers))
+            stack.enter_context(self._slots.swapped(self._live_inner + self._live_outer, inner + outer))
+
+            def run() -> tuple[Tensor, Tensors]:
+                known, start = {self._own: inner}, 0
+                for name, size in self._sizes.items():
+                    known[name] = outer[start : start + size]
+                    start += size
+                for lower in self._lower:
+                    given = tuple(part for name in lower.given for part in known[name])
+                    known[lower.name] = lower.respond(given)
+                    # Until the body ends: its backward passes may evaluate again with what the modules hold.
+                    stack.enter_context(self._slots.swapped(lower.live, known[lower.name]))
+                return self._evaluate(self._loss)
+
+            return body(Evaluate(run))

@@ -1,0 +1,221 @@
+"""One outer step: rounds of updates, from the deepest level up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bilevel.errors import NonFiniteError
+from bilevel.faults import Work
+from bilevel.feed import Feed
+from bilevel.hypergrad import State
+from bilevel.loss_scale import LossScale
+from bilevel.problems import Problem
+from bilevel.problems.differentiate import Differentiator
+from bilevel.problems.recording import Recorder
+from bilevel.problems.records import InnerRecord, LossGradient, RecordedUpdate
+from bilevel.problems.schedule import Round
+from bilevel.randomness import capture
+from bilevel.result import SolveInfo
+from bilevel.settings import EngineConfig
+from bilevel.vector import norm
+
+__all__ = ["NonFiniteStepError", "Report", "Step"]
+
+
+class NonFiniteStepError(NonFiniteError):
+    """A loss or gradient of a step is NaN or infinite.
+
+    Attributes:
+        problem: Whose.
+    """
+
+    def __init__(self, message: str, problem: str) -> None:
+        super().__init__(message)
+        self.problem = problem
+
+
+@dataclass
+class Report:
+    """What a step collects for its result."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    solves: dict[str, SolveInfo] = field(default_factory=dict)
+    overflows: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """The updates of one outer step.
+
+    Attributes:
+        number: The step, counted from 0.
+        differentiator: Takes gradients.
+        config: The engine's settings.
+        feed: Where batches come from.
+        records: What was last kept of the inner problems' updates, by problem; changed.
+        states: Estimator states, by problem and problem below it; changed.
+        place: Says where in a problem's data its last batch came from, for messages.
+        scales: Loss scales by problem, where training passes are in float16.
+        report: What happened.
+    """
+
+    number: int
+    differentiator: Differentiator
+    config: EngineConfig
+    feed: Feed
+    records: dict[str, InnerRecord]
+    states: dict[str, dict[str, State]]
+    place: Callable[[str], str]
+    scales: Mapping[str, LossScale] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        """Looks up what every update needs."""
+        self._problems = self.differentiator.gradients.problems
+        self._dependencies = self.differentiator.dependencies
+        self._activity = self.differentiator.gradients.activity
+        self._recorder = Recorder(self.differentiator)
+        self._trajectories: dict[str, list[RecordedUpdate]] = {}
+        self.active = frozenset(name for name, problem in self._problems.items() if problem.is_active(self.number))
+
+    def run(self, whole: Round) -> Report:
+        """Makes all updates."""
+        self._run(whole)
+        for record in self.records.values():
+            record.release_graphs()
+        return self.report
+
+    def _run(self, one: Round) -> None:
+        turns = {name: self._turns(self._problems[name]) for name in one.members}
+        for name in self._inner(one.members):
+            self._problems[name].restart()
+            self._trajectories[name] = []
+        for turn in range(max(turns.values())):
+            for lower in (*one.before, *one.again):
+                self._run(lower)
+            self._update([name for name in one.members if turn < turns[name] and name in self.active], turn, turns)
+
+    def _turns(self, problem: Problem) -> int:
+        if problem.name in self._dependencies.outer:
+            return 1
+        warm = problem.num_updates > 0 or problem.name not in self.active
+        return problem.steps + (0 if warm else problem.warmup_steps)
+
+    def _update(self, names: Sequence[str], turn: int, turns: Mapping[str, int]) -> None:
+        """Updates problems of one round, after the gradients of all of them were taken."""
+        self._draw_for_products(names)
+        taken = [(self._problems[name], self._gradient(self._problems[name], turn, turns[name])) for name in names]
+        for problem, result in taken:
+            self.report.solves.update(result.solves)
+            self._check_and_update(problem, result)
+            self.states.setdefault(problem.name, {}).update(result.states)
+
+    def _draw_for_products(self, names: Sequence[str]) -> None:
+        """Draws the batches on which products through the problems below are taken, beside those of their updates."""
+        below = set().union(*(self._dependencies.lower[name] for name in names)) & self.active
+        for name in self._dependencies.inner:
+            if name not in below:
+                continue
+            record = self.records[name]
+            if self.config.hypergradient_batch == "fresh":
+                fresh = [self._next(name) for _ in range(self.config.num_hypergradient_batches)]
+                record = self.records[name] = InnerRecord(fresh, trajectory=record.trajectory)
+            wanted = self.differentiator.estimators[name].num_samples
+            if wanted > 1:
+                record.samples = [self._next(name) for _ in range(wanted)]
+
+    def _gradient(self, problem: Problem, turn: int, turns: int) -> LossGradient:
+        batches = [self._next(problem.name) for _ in range(problem.accumulate)]
+        try:
+            if problem.name in self._dependencies.outer:
+                return self.differentiator.total(problem, batches, self.records, self.states, self._responding())
+            return self._inner_gradient(problem, batches, turn, turns)
+        except NonFiniteError as error:
+            raise self._refusal(problem, str(error)) from error
+
+    def _inner_gradient(self, problem: Problem, batches: Sequence[Any], turn: int, turns: int) -> LossGradient:
+        estimator, first = self.differentiator.estimators[problem.name], turns - problem.steps
+        recorded_from = turns
+        if estimator.needs_trajectory:
+            recorded_from = max(first, turns - (estimator.recorded_steps or problem.steps))
+        last = turn == turns - 1
+        generators = capture(self.differentiator.gradients.devices)
+        trajectory = self._trajectories[problem.name]
+        if turn < recorded_from:
+            result = self.differentiator.total(problem, batches, self.records, self.states, self._responding())
+        else:
+            result, update = self._recorder.take(
+                problem,
+                batches,
+                generators,
+                self.records,
+                self.states,
+                self._responding(),
+                trajectory[-1] if trajectory else None,
+                first=turn == first,
+                last=last,
+            )
+            if not result.overflow:
+                trajectory.append(update)
+        if last:
+            self.records[problem.name] = InnerRecord(batches, generators, trajectory)
+        return result
+
+    def _check_and_update(self, problem: Problem, result: LossGradient) -> None:
+        value = float(result.value)
+        if self._overflowed(problem, result, value):
+            return
+        size = float(norm(result.gradient))
+        for what, number in (("loss", value), ("gradient's norm", size)):
+            if not math.isfinite(number):
+                text = f"the {what} of problem {problem.name!r} is {number}, where a finite number was expected"
+                raise self._refusal(problem, text)
+        with self._activity(Work.UPDATE, problem.name):
+            problem.update(result.gradient, {"loss": value, **result.metrics})
+        self.report.losses[problem.name], self.report.norms[problem.name] = value, size
+        for key, metric in result.metrics.items():
+            self.report.metrics[f"{problem.name}/{key}"] = _number(metric)
+
+    def _overflowed(self, problem: Problem, result: LossGradient, value: float) -> bool:
+        """Moves the loss scale on, where there is one; an update whose gradients overflowed is left out and counted."""
+        scale = self.scales.get(problem.name)
+        if scale is None or not math.isfinite(value):
+            return False
+        scale.update(overflow=result.overflow)
+        if result.overflow:
+            self.report.overflows[problem.name] = self.report.overflows.get(problem.name, 0) + 1
+            self.report.losses[problem.name] = value
+        return result.overflow
+
+    def _responding(self) -> frozenset[str]:
+        """Returns the active problems, less those whose method follows updates where all of them were left out."""
+        estimators = self.differentiator.estimators
+        still = {
+            name for name, record in self.records.items() if not record.trajectory and estimators[name].needs_trajectory
+        }
+        return self.active - still
+
+    def _next(self, name: str) -> Any:
+        with self._activity(Work.DATA, name):
+            return self.feed.next(name)
+
+    def _inner(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.active and name not in self._dependencies.outer]
+
+    def _refusal(self, problem: Problem, text: str) -> NonFiniteStepError:
+        return NonFiniteStepError(
+            f"step {self.number + 1}: {text}{self.place(problem.name)}. No parameter was changed. "
+            "Look at that batch and the learning rates, or set EngineConfig(on_non_finite='skip').",
+            problem.name,
+        )
+
+
+def _number(metric: Any) -> float:
+    return float(metric.detach()) if isinstance(metric, torch.Tensor) else float(metric)
