@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from tests.bilevel.strategies import DOUBLE, spectrum_matrix
 
-__all__ = ["STRUCTURES", "Nest", "Quadratic", "Structure", "chain", "make_bent", "make_quadratic"]
+__all__ = ["STRUCTURES", "Nest", "Quadratic", "Structure", "chain", "eliminated", "make_bent", "make_quadratic"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Nest:
         if not below:
             return torch.eye(len(z), dtype=DOUBLE)
         D = torch.cat([self.response(lower, z, neglect) for lower in below])
-        return _eliminated(D, self.indices(below), len(z))
+        return eliminated(D, self.indices(below), len(z))
 
     def hypergradient(self, name: str, z: Tensor, neglect: str = "") -> Tensor:
         """The total derivative where the problems below have solved theirs; with ``neglect``, a wrong one."""
@@ -192,7 +192,7 @@ class Nest:
         raise AssertionError(f"Newton's method did not converge: {value}")
 
 
-def _eliminated(D: Tensor, rows: list[int], size: int) -> Tensor:
+def eliminated(D: Tensor, rows: list[int], size: int) -> Tensor:
     """S of ``dx_below = D dz``: solved for those below, which may respond to each other."""
     free = [index for index in range(size) if index not in rows]
     inside = torch.linalg.solve(torch.eye(len(rows), dtype=DOUBLE) - D[:, rows], D[:, free])
@@ -237,7 +237,7 @@ class Quadratic(Nest):
         rows = self.indices(below)
         shift = torch.zeros(size, dtype=DOUBLE)
         shift[rows] = torch.linalg.solve(torch.eye(len(rows), dtype=DOUBLE) - D[:, rows], d)
-        return _eliminated(D, rows, size), shift
+        return eliminated(D, rows, size), shift
 
     def closed_form(self, name: str, z: Tensor) -> Tensor:
         """The hypergradient of a problem at the solutions below it, whatever z holds there."""
