@@ -9,7 +9,7 @@ from bilevel.hooks import check_hooks
 
 if TYPE_CHECKING:
     from bilevel.engine import Engine
-    from bilevel.result import StepResult
+    from bilevel.result import Hypergradient, StepResult
 
 __all__ = ["Callback"]
 
@@ -19,7 +19,7 @@ class Callback:
 
     A method whose name starts with ``on_`` but is no hook of this class is an error when the class is defined. What a
     callback remembers between steps belongs into its ``state_dict``, so that a resumed run continues as if it had not
-    stopped.
+    stopped. Under data parallelism every rank has its own callbacks: what writes files does so on rank 0 only.
 
     Raises:
         UnknownNameError: At class definition, for a misspelt hook.
@@ -43,6 +43,18 @@ class Callback:
         Args:
             engine: The engine that runs.
             steps: Outer steps that this run will take.
+        """
+
+    def on_hypergradient(self, engine: Engine, problem: str, hypergradient: Hypergradient) -> None:
+        """Called within a step, before a problem that has problems below it is updated with its total gradient.
+
+        The step may still be refused, skipped or undone: what is noted here counts once ``on_step_end`` comes. The
+        tensors are those of the update, which may change them in place: copy what is kept, change nothing.
+
+        Args:
+            engine: The engine that steps.
+            problem: Name of the problem.
+            hypergradient: Its total gradient, as :meth:`Engine.hypergradient` returns it.
         """
 
     def on_step_end(self, engine: Engine, result: StepResult) -> None:
@@ -77,6 +89,14 @@ class Callback:
         Args:
             engine: The engine that ran.
         """
+
+    def values(self) -> Mapping[str, float]:
+        """Returns what this callback has measured of the last step, for logs to record with it. Nothing by default.
+
+        Called when every callback's ``on_step_end`` has seen the step. Names go into the logs as they are; those of
+        two callbacks must differ.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what must survive a restart: tensors and JSON values only. Empty by default."""
