@@ -158,6 +158,7 @@ _NO_SECOND_DERIVATIVE: Mapping[str, str] = {
     "derivative for aten::": "an operation has no second derivative",
     "derivative for '": "an operation has no second derivative",
     "does not currently support double backward": "compiled graphs have no second derivative",
+    "compiled with non-empty donated buffers": "compiled graphs have no second derivative",
 }
 
 _DROP_MARK = "drop the mark, and write its backward in differentiable operations"
