@@ -2,6 +2,7 @@
 
 from bilevel.callbacks.base import Callback
 from bilevel.callbacks.best_model import BestModel
+from bilevel.callbacks.checkpoints import Checkpoints
 from bilevel.callbacks.csv_log import CSVLog
 from bilevel.callbacks.early_stopping import EarlyStopping
 from bilevel.callbacks.history import History
@@ -17,6 +18,7 @@ __all__ = [
     "BestModel",
     "CSVLog",
     "Callback",
+    "Checkpoints",
     "EarlyStopping",
     "History",
     "HypergradientMonitor",
