@@ -209,45 +209,69 @@ class Deadline:
 
 
 class ModesKept:
-    """Refuses a loss that leaves torch in another mode than it was called in, and puts the mode back.
+    """Refuses a loss that leaves torch in another mode than it was called in, or changes parameters; modes go back.
 
-    Autocast that stays on would change the precision of all that follows, gradients that stay off its derivatives.
+    Autocast that stays on would change the precision of all that follows, gradients that stay off its derivatives, and
+    parameters that change with every pass are other ones in each pass of a derivative.
 
     Args:
         name: Whose loss it is, for the message.
         devices: Types of the devices whose autocast is looked at.
+        parameters: Tensors that must not be changed in place.
 
     Raises:
-        LossError: On leaving, where gradients, autocast or the default dtype are not as they were.
+        LossError: On leaving, where gradients, autocast, the default dtype or the parameters are not as they were.
     """
 
-    __slots__ = ("_before", "_devices", "_name")
+    __slots__ = ("_before", "_devices", "_name", "_nesting", "_parameters", "_versions")
 
-    def __init__(self, name: str, devices: tuple[str, ...] = ("cpu",)) -> None:
+    def __init__(self, name: str, devices: tuple[str, ...] = ("cpu",), parameters: Tensors = ()) -> None:
         self._name = name
         self._devices = devices
-        self._before = self._modes()
+        self._parameters = parameters
 
     def __enter__(self) -> None:
         self._before = self._modes()
+        self._nesting = _autocast_nesting()
+        self._versions = [parameter._version for parameter in self._parameters]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         after = self._modes()
-        if after == self._before:
-            return
-        grad, dtype, *casts = self._before
-        torch.set_grad_enabled(bool(grad))
-        torch.set_default_dtype(dtype)  # type: ignore[arg-type]
-        for device, cast in zip(self._devices, casts, strict=True):
-            torch.set_autocast_enabled(device, bool(cast))
-        if error is None:
-            names = ("gradients", "the default dtype", *(f"autocast on {device}" for device in self._devices))
-            changed = [n for n, old, new in zip(names, self._before, after, strict=True) if old != new]
+        changed = [] if after == self._before and _autocast_nesting() == self._nesting else self._put_back(after)
+        if error is None and changed:
             raise LossError(
                 f"the loss of {self._name} returned with another mode than it was called in: {', '.join(changed)}. "
                 "Use torch.no_grad(), torch.autocast(…) and the like as `with` blocks."
+            )
+        moved = sum(p._version != old for p, old in zip(self._parameters, self._versions, strict=True))
+        if error is None and moved:
+            raise LossError(
+                f"the loss of {self._name} changed {moved} of its {len(self._parameters)} parameters in place, as its "
+                "every pass would, those of a derivative among them. Compute the changed value without writing it "
+                "back (torch.nn.utils.parametrize does so), or change parameters in on_step_start."
             )
 
     def _modes(self) -> tuple[bool | torch.dtype, ...]:
         casts = (torch.is_autocast_enabled(device) for device in self._devices)
         return (torch.is_grad_enabled(), torch.get_default_dtype(), *casts)
+
+    def _put_back(self, after: tuple[bool | torch.dtype, ...]) -> list[str]:
+        """Restores the modes and returns which had changed."""
+        grad, dtype, *casts = self._before
+        torch.set_grad_enabled(bool(grad))
+        torch.set_default_dtype(dtype)  # type: ignore[arg-type]
+        for device, cast in zip(self._devices, casts, strict=True):
+            torch.set_autocast_enabled(device, bool(cast))
+        # In a context that is never left, torch would keep cast weights for ever, through all their updates.
+        for _ in range(_autocast_nesting() - self._nesting):
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        names = ("gradients", "the default dtype", *(f"autocast on {device}" for device in self._devices))
+        pairs = zip(names, self._before, after, strict=True)
+        return [name for name, old, new in pairs if old != new] or ["an autocast context that was not left"]
+
+
+def _autocast_nesting() -> int:
+    deeper: int = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return deeper - 1
