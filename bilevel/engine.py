@@ -133,7 +133,7 @@ class Engine:
     @property
     def estimators(self) -> dict[str, Estimator]:
         """The method by which each inner problem is differentiated."""
-        return dict(self._planned(Feed(self.streams))[0].estimators)
+        return self._methods(self.dependencies)
 
     def step(self, batches: Mapping[str, Any] | None = None) -> StepResult:
         """Runs one outer step.
@@ -395,7 +395,19 @@ class Engine:
         """Returns how gradients are taken, and the order of updates, once the losses have been evaluated."""
         if self._plan is None:
             self._plan = self._discover(feed)
+        differentiator, rounds = self._plan
+        methods = self._methods(differentiator.dependencies)
+        if methods != differentiator.estimators:  # somebody has changed a problem's method
+            self._check_methods(methods, differentiator.dependencies)
+            self._plan = replace(differentiator, estimators=methods), rounds
         return self._plan
+
+    def _methods(self, dependencies: Dependencies) -> dict[str, Estimator]:
+        return {name: self.problems[name].hypergradient or self.hypergradient_method for name in dependencies.inner}
+
+    def _check_methods(self, methods: Mapping[str, Estimator], dependencies: Dependencies) -> None:
+        for name, estimator in methods.items():
+            check_method(self.problems[name], estimator, self.config.precision, dependencies)
 
     def _discover_early(self) -> None:
         """Finds dependencies at construction where every problem has data, or can do without."""
@@ -414,11 +426,8 @@ class Engine:
             batches = {name: feed.peek(name) for name in self.problems}
             dependencies = discover(list(self.problems.values()), self._gradients.slots, batches)
         check_levels(self.problems, dependencies)
-        estimators = {
-            name: self.problems[name].hypergradient or self.hypergradient_method for name in dependencies.inner
-        }
-        for name in dependencies.inner:
-            check_method(self.problems[name], estimators[name], self.config.precision, dependencies)
+        estimators = self._methods(dependencies)
+        self._check_methods(estimators, dependencies)
         differentiator = Differentiator(
             self._gradients,
             dependencies,

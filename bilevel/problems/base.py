@@ -129,11 +129,10 @@ class Problem(ABC):
         self.reset = reset
         self.num_updates = 0
         self.hypergradient = None if hypergradient is None else as_estimator(hypergradient)
-        self.optimizer, named = _optimizer_and_parameters(self.name, module, optimizer, params)
+        made, named = _optimizer_and_parameters(self.name, module, optimizer, params)
         self.parameter_names: tuple[str, ...] = tuple(named)
         self.parameters: Tensors = tuple(named.values())
-        self.stepper = _stepper(self.name, self.optimizer, named, scheduler, scheduler_metric, max_grad_norm)
-        self.scheduler = None if self.stepper is None else self.stepper.scheduler
+        self.stepper = _stepper(self.name, made, named, scheduler, scheduler_metric, max_grad_norm)
         self._devices = tuple(sorted({"cpu", *(p.device.type for p in self.parameters)}))
         self.initial: Tensors | None = None
         if reset == "initial":
@@ -193,6 +192,16 @@ class Problem(ABC):
     def attach(self, siblings: Mapping[str, Problem]) -> None:
         """Makes the engine's problems reachable by name."""
         self._siblings = siblings
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimiser, which is fixed when the problem is made."""
+        return None if self.stepper is None else self.stepper.optimizer
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """The learning-rate scheduler, which is fixed when the problem is made."""
+        return None if self.stepper is None else self.stepper.scheduler
 
     @property
     def start_source(self) -> str | None:

@@ -261,7 +261,7 @@ class Differentiator:
                 lower.objective, here.values, base, lower.trajectory, lower.samples, lower.diagonal, lower.start
             )
             respond = SolvedResponse(standing, estimator, state, solver, lambda info: self.on_nested_solve(name, info))
-        return Lower(name, problem.parameters, given, respond)
+        return Lower(name, problem.parameters, given, respond, problem.module)
 
     def _start(self, problem: Problem, given: Sequence[str], record: InnerRecord) -> tuple[int, ...] | None:
         """Returns the places among the given parameters of those from which a problem's recorded updates started."""

@@ -8,14 +8,15 @@ differentiate any number of times, and that can be evaluated around the point wh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bilevel.errors import LossError
 from bilevel.functional import (
     BufferValues,
     Evaluate,
@@ -185,12 +186,39 @@ class Lower:
         live: Its parameters as the modules hold them.
         given: The problems that it responds to, of those that are known when it is evaluated.
         respond: Its best response to their parameters.
+        module: Its module.
     """
 
     name: str
     live: Tensors
     given: Sequence[str]
     respond: BestResponse
+    module: nn.Module
+
+
+@contextmanager
+def _no_recomputation(name: str, module: nn.Module) -> Iterator[None]:
+    """Refuses activation checkpointing in a module whose updates are made again.
+
+    Each update has parameters of its own, and a checkpoint evaluates again, in a later backward pass, with those that
+    the module holds then.
+    """
+
+    def refuse(part: nn.Module, arguments: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+            raise LossError(
+                f"the module of problem {name!r} uses activation checkpointing, but a problem above it is itself "
+                "differentiated through, for which the updates of this one are made again with parameters of their own "
+                "each: a checkpoint would evaluate with others. Leave the checkpoint out, or differentiate through "
+                f"{name!r} by an implicit method (conjugate_gradient, say)"
+            )
+
+    hooks = [part.register_forward_pre_hook(refuse) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class NestedObjective(ModuleObjective):
@@ -236,6 +264,8 @@ class NestedObjective(ModuleObjective):
                     start += size
                 for lower in self._lower:
                     given = tuple(part for name in lower.given for part in known[name])
+                    if isinstance(lower.respond, RepeatedUpdates):
+                        stack.enter_context(_no_recomputation(lower.name, lower.module))
                     known[lower.name] = lower.respond(given)
                     # Until the body ends: its backward passes may evaluate again with what the modules hold.
                     stack.enter_context(self._slots.swapped(lower.live, known[lower.name]))

@@ -125,8 +125,9 @@ def test_the_optimizers_sign_and_schedule_are_those_of_the_step():
     for maximize, sign in ((False, -1.0), (True, 1.0)):
         for method in (OneStep(), OneStep(center="new"), SAMA(difference="exact"), OneStep(difference="forward")):
             outer = Linear(0.5, {}, "outer", optimizer=sgd(1.0))
-            inner = Product(0.25, {}, "inner", optimizer=sgd(0.4, maximize=maximize), steps=2)
-            inner.scheduler = torch.optim.lr_scheduler.StepLR(inner.optimizer, 1, 0.5)
+            halving = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
+            rule = sgd(0.4, maximize=maximize)
+            inner = Product(0.25, {}, "inner", optimizer=rule, scheduler=halving, steps=2)
             engine = Engine([outer, inner], QUIET, hypergradient=method)
             engine.step()
             # The second of the two steps had the rate 0.2.
