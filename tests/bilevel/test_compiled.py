@@ -87,7 +87,10 @@ def assert_equal_training(made: Engine, reference: Engine, steps: int = 3, rtol:
     assert sum((p - before).abs() for p, before in zip(moved, start, strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("method", FIRST_DERIVATIVES, ids=str)
+SOME = [FIRST_DERIVATIVES[0], *(pytest.param(method, marks=pytest.mark.slow) for method in FIRST_DERIVATIVES[1:])]
+
+
+@pytest.mark.parametrize("method", SOME, ids=str)
 def test_compiled_code_sees_swapped_parameters_and_is_not_compiled_again_for_them(method):
     """A product evaluates the loss at other tensors: each kind of tensor is compiled for once, however many come."""
     counter = Counted("aot_eager")
@@ -101,6 +104,7 @@ def test_compiled_code_sees_swapped_parameters_and_is_not_compiled_again_for_the
     assert counter.graphs == graphs
 
 
+@pytest.mark.slow
 def test_dropout_and_batch_norm_in_compiled_code_are_as_without():
     made = engine_of(torch.compile(network(0.5, norm=True), backend=Counted("aot_eager")), "finite_difference")
     reference = engine_of(network(0.5, norm=True), "finite_difference")
@@ -113,7 +117,7 @@ def test_dropout_and_batch_norm_in_compiled_code_are_as_without():
     assert all(torch.equal(value, before[key]) for key, value in made.problems["network"].module.named_buffers())
 
 
-@pytest.mark.parametrize("method", ["identity", "unrolled"])
+@pytest.mark.parametrize("method", ["identity", pytest.param("unrolled", marks=pytest.mark.slow)])
 def test_second_derivatives_through_compiled_code_are_refused_before_any_update(method, monkeypatch):
     module = torch.compile(network(), backend=Counted("aot_eager"))
     updates: list[None] = []
@@ -125,6 +129,7 @@ def test_second_derivatives_through_compiled_code_are_refused_before_any_update(
     assert not updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["identity", {"method": "exact", "damping": 1.0}, "unrolled"], ids=str)
 def test_the_eager_back_end_has_second_derivatives(method):
     """The alternative that the refusal names."""
@@ -138,6 +143,7 @@ def test_the_eager_back_end_has_second_derivatives(method):
     assert counter.graphs == graphs
 
 
+@pytest.mark.slow
 def test_a_module_compiled_in_place_works_too():
     module = network()
     module.compile(backend=Counted("aot_eager"))
