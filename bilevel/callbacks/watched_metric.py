@@ -46,6 +46,7 @@ class WatchedMetric:
         self._min_delta = min_delta
         self._start = start
         self._source = ""
+        self._others: set[str] = set()
 
     def after_step(self, engine: Engine, result: StepResult) -> bool | None:
         """Returns whether the step's value is the best so far; None where there is none to look at.
@@ -55,10 +56,11 @@ class WatchedMetric:
             ConfigError: A metric of the loss and one of ``evaluate()`` share the name.
         """
         values = {**result.losses, **result.metrics}
+        self._others.update(values)
         if self.name in values:
             self._seen("loss")
         elif not self._source and result.skipped is None and not self._will_be_evaluated(engine):
-            raise self._unknown(values, engine)
+            raise self._unknown(engine)
         if self._source == "evaluate":
             return None
         value = values.get(self.name) if result.skipped is None else None
@@ -72,8 +74,9 @@ class WatchedMetric:
             ConfigError: A metric of the loss and one of ``evaluate()`` share the name.
         """
         if self.name not in metrics:
+            self._others.update(metrics)
             if not self._source:
-                raise self._unknown(metrics, engine)
+                raise self._unknown(engine)
             return None
         self._seen("evaluate")
         return self._compare(distributed.mean(metrics[self.name]), engine.step_count)
@@ -110,8 +113,8 @@ class WatchedMetric:
             bool(engine.config.evaluate_every) and self.name.partition("/")[0] in engine.problems and "/" in self.name
         )
 
-    def _unknown(self, values: Mapping[str, float], engine: Engine) -> ConfigError:
-        error = unknown_name(f"metric of {self._owner}", self.name, {**values, **dict.fromkeys(engine.problems)})
+    def _unknown(self, engine: Engine) -> ConfigError:
+        error = unknown_name(f"metric of {self._owner}", self.name, {*engine.problems, *self._others})
         if engine.config.evaluate_every:
             return error
         hint = "For a metric of evaluate(), set EngineConfig(evaluate_every=...)."
