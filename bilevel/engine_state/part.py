@@ -27,12 +27,27 @@ class Part:
             nothing, and raises ``KeyError``, ``TypeError``, ``ValueError`` or ``AttributeError`` where the saved value
             is no such part at all.
         put: Takes a saved one back. Called once all parts have been compared and found to fit.
+        kept: Returns a function that makes up for what ``put`` cannot take back where it is called with the state
+            before; None where it can take back everything.
     """
 
     name: str
     take: Callable[[Engine], Any]
     differences: Callable[[Engine, Any], list[str]]
     put: Callable[[Engine, Any], None]
+    kept: Callable[[Engine], Callable[[], None]] | None = None
+
+    def undo(self, engine: Engine) -> Callable[[], None]:
+        """Returns a function that goes back to the present state of this part."""
+        before = copied(self.take(engine))
+        first = self.kept(engine) if self.kept is not None else None
+
+        def go_back() -> None:
+            if first is not None:
+                first()
+            self.put(engine, before)
+
+        return go_back
 
 
 def per_problem(
@@ -40,6 +55,7 @@ def per_problem(
     take: Callable[[Problem], Any],
     differences: Callable[[Problem, Any], list[str]],
     put: Callable[[Problem, Any], None],
+    kept: Callable[[Problem], Callable[[], None]] | None = None,
 ) -> Part:
     """Returns the part that holds the same of every problem, by its name. The problems' names are known to agree."""
 
@@ -57,7 +73,16 @@ def per_problem(
         for key, problem in engine.problems.items():
             put(problem, saved[key])
 
-    return Part(name, take_all, differences_of_all, put_all)
+    def kept_of_all(engine: Engine) -> Callable[[], None]:
+        functions = [kept(problem) for problem in engine.problems.values()] if kept is not None else []
+
+        def make_up() -> None:
+            for function in functions:
+                function()
+
+        return make_up
+
+    return Part(name, take_all, differences_of_all, put_all, kept_of_all)
 
 
 def count(value: Any) -> int:
@@ -85,7 +110,7 @@ def copied(value: Any) -> Any:
     return value
 
 
-def tensor_differences(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
+def tensor_differences(expected: Mapping[Any, Tensor], found: Mapping[Any, Any]) -> list[str]:
     """Returns what differs in names, shapes and dtypes between two collections of tensors.
 
     Raises:
@@ -105,14 +130,16 @@ def tensor_differences(expected: Mapping[str, Tensor], found: Mapping[str, Any])
 
 
 def compatible(own: Any, saved: Any) -> bool:
-    """Whether a saved value can stand for an own one: the same kind of thing, None for not yet known."""
-    if own is None or saved is None:
-        return True
+    """Whether a saved value can stand for an own one: the same kind of thing, where None is known to be of no kind."""
+    if own is None:
+        return saved is None or (isinstance(saved, (bool, int, float, str)) and saved == saved)
+    if isinstance(own, bool):
+        return saved is None or isinstance(saved, bool)
     if isinstance(own, Tensor) or isinstance(saved, Tensor):
         both = isinstance(own, Tensor) and isinstance(saved, Tensor)
         return both and own.shape == saved.shape and own.dtype == saved.dtype
-    if isinstance(own, (bool, int, float)):
-        return isinstance(saved, (bool, int, float))
+    if isinstance(own, (int, float)):
+        return isinstance(saved, (int, float)) and (saved == saved or own != own)
     if isinstance(own, Mapping):
         return isinstance(saved, Mapping) and all(compatible(own[key], saved[key]) for key in own if key in saved)
     if isinstance(own, Sequence) and not isinstance(own, (str, bytes)):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bilevel.engine_state.part import compatible, copied, per_problem, tensor_differences
+from bilevel.engine_state.part import compatible, copied, count, per_problem, tensor_differences
 
 if TYPE_CHECKING:
     from bilevel.problems import Problem
 
-__all__ = ["BUFFERS", "OPTIMIZERS", "PARAMETERS", "SCHEDULERS"]
+__all__ = ["BUFFERS", "OPTIMIZERS", "PARAMETERS", "SCHEDULERS", "UPDATES"]
 
 # --- parameters and buffers -------------------------------------------------------------------------------------------
 
@@ -131,14 +131,43 @@ def _put_optimizer(problem: Problem, saved: Mapping[str, Any] | None) -> None:
         for key, value in slots.items():
             if isinstance(value, Tensor) and isinstance(held.get(key), Tensor) and held[key].dtype != value.dtype:
                 held[key] = value.to(held[key].device, copy=True)
-    # and leaves options that are tensors (a capturable optimiser's learning rate) where the file was read to
+    # and leaves options that are tensors (a capturable optimiser's learning rate) where the file was read to.
     for group, before in zip(optimizer.param_groups, options, strict=True):
         for key, value in before.items():
-            if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+            if key not in group:  # new in this version of torch
+                group[key] = value
+            elif isinstance(value, Tensor) and isinstance(group[key], Tensor):
                 group[key] = group[key].to(value.device)
 
 
 OPTIMIZERS = per_problem("optimizers", _take_optimizer, _optimizer_differences, _put_optimizer)
+
+# --- updates ----------------------------------------------------------------------------------------------------------
+
+
+def _take_updates(problem: Problem) -> dict[str, Any]:
+    return {"made": problem.num_updates, "initial": problem.initial}
+
+
+def _update_differences(problem: Problem, saved: Mapping[str, Any]) -> list[str]:
+    count(saved["made"])
+    own, there = problem.initial, saved["initial"]
+    if own is None or there is None:
+        return _presence("reset='initial'", own, there)
+    if not isinstance(there, tuple) or not all(isinstance(value, Tensor) for value in there):
+        raise TypeError("the values to start from are none")
+    return tensor_differences(dict(enumerate(own)), dict(enumerate(there)))
+
+
+def _put_updates(problem: Problem, saved: Mapping[str, Any]) -> None:
+    problem.num_updates = saved["made"]
+    if problem.initial is not None:
+        with torch.no_grad():
+            for own, value in zip(problem.initial, saved["initial"], strict=True):
+                own.copy_(value)
+
+
+UPDATES = per_problem("updates", _take_updates, _update_differences, _put_updates)
 
 # --- schedulers -------------------------------------------------------------------------------------------------------
 
@@ -164,9 +193,9 @@ def _scheduler_differences(problem: Problem, saved: Mapping[str, Any] | None) ->
         return [f"scheduler {'/'.join(saved['kinds'])} was saved; this engine has {'/'.join(own['kinds'])}"]
     _refuse_attributes(problem.scheduler, saved["state"], own["state"])
     return [
-        f"scheduler: {key} was {saved['state'][key]!r:.60}; here it is {value!r:.60}"
+        f"scheduler: {key} was {saved['state'].get(key, 'missing')!r:.60}; here it is {value!r:.60}"
         for key, value in own["state"].items()
-        if key in saved["state"] and not compatible(value, saved["state"][key])
+        if key not in saved["state"] or not compatible(value, saved["state"][key])
     ]
 
 
@@ -182,7 +211,19 @@ def _put_scheduler(problem: Problem, saved: Mapping[str, Any] | None) -> None:
         problem.scheduler.load_state_dict(copied(saved["state"]))
 
 
-SCHEDULERS = per_problem("schedulers", _take_scheduler, _scheduler_differences, _put_scheduler)
+def _attributes_kept(problem: Problem) -> Callable[[], None]:
+    """A scheduler's state may bring attributes that it did not have."""
+    own = getattr(problem.scheduler, "__dict__", {})
+    before = set(own)
+
+    def remove_others() -> None:
+        for key in set(own) - before:
+            del own[key]
+
+    return remove_others
+
+
+SCHEDULERS = per_problem("schedulers", _take_scheduler, _scheduler_differences, _put_scheduler, _attributes_kept)
 
 
 def _presence(what: str, own: object, saved: object) -> list[str]:

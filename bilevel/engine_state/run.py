@@ -13,13 +13,12 @@ from torch import Tensor
 
 from bilevel.engine_state.part import Part, copied, count
 from bilevel.errors import BilevelWarning
-from bilevel.randomness import capture, generator_devices, restore
 
 if TYPE_CHECKING:
     from bilevel.callbacks import Callback
     from bilevel.engine import Engine
 
-__all__ = ["CALLBACKS", "COUNTS", "ESTIMATORS", "GENERATORS", "METHODS", "STREAMS", "device_for"]
+__all__ = ["CALLBACKS", "COUNTS", "ESTIMATORS", "METHODS", "SCALES", "STREAMS", "device_for"]
 
 # --- counts -----------------------------------------------------------------------------------------------------------
 
@@ -116,11 +115,10 @@ def _estimator_differences(engine: Engine, saved: Mapping[str, Any]) -> list[str
                 whole = isinstance(values, tuple) and all(isinstance(value, Tensor) for value in values)
                 if not whole or len(values) != len(state["devices"][key]):
                     raise ValueError(f"the method's state {key!r:.40} is no tuple of tensors")
-            _ = [
-                device_for(name, state["parameters_on"], ["cpu"])
-                for names in state["devices"].values()
-                for name in names
-            ]
+            if not isinstance(state["parameters_on"], list):
+                raise TypeError("a method's state beside parameters whose devices are not known")
+            for name in [*state["parameters_on"], *(name for names in state["devices"].values() for name in names)]:
+                torch.device(name)  # raises where it is none
     return []
 
 
@@ -163,6 +161,29 @@ def _put_estimators(engine: Engine, saved: Mapping[str, Any]) -> None:
 
 ESTIMATORS = Part("estimators", _take_estimators, _estimator_differences, _put_estimators)
 
+# --- loss scales ------------------------------------------------------------------------------------------------------
+
+
+def _take_scales(engine: Engine) -> dict[str, Any]:
+    return {name: scale.state_dict() for name, scale in engine.scales.items()}
+
+
+def _scale_differences(engine: Engine, saved: Mapping[str, Any]) -> list[str]:
+    if set(saved) != set(engine.scales):
+        return [f"loss scales {'missing in the file' if engine.scales else 'missing here'}: another precision"]
+    for name, scale in engine.scales.items():
+        if set(saved[name]) != set(scale.state_dict()):
+            raise ValueError("the state of a loss scale is none")
+    return []
+
+
+def _put_scales(engine: Engine, saved: Mapping[str, Any]) -> None:
+    for name, scale in engine.scales.items():
+        scale.load_state_dict(saved[name])
+
+
+SCALES = Part("loss_scales", _take_scales, _scale_differences, _put_scales)
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -188,39 +209,6 @@ def _put_streams(engine: Engine, saved: Mapping[str, Any]) -> None:
 
 
 STREAMS = Part("data", _take_streams, _stream_differences, _put_streams)
-
-# --- random generators ------------------------------------------------------------------------------------------------
-
-
-def _take_generators(engine: Engine) -> dict[str, Tensor]:
-    return capture(generator_devices(p for problem in engine.problems.values() for p in problem.parameters))
-
-
-def _generator_differences(engine: Engine, saved: Mapping[str, Any]) -> list[str]:
-    own = _take_generators(engine)
-    for device, state in saved.items():
-        if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
-            raise TypeError(f"the state of the generator of {device!r:.40} is none")
-        if device in own and state.shape != own[device].shape:
-            raise ValueError(f"the state of the generator of {device!r:.40} has another size than here")
-    if "cpu" not in saved:
-        raise KeyError("cpu")
-    return []
-
-
-def _put_generators(engine: Engine, saved: Mapping[str, Tensor]) -> None:
-    own = _take_generators(engine)
-    if set(saved) != set(own):
-        warnings.warn(
-            f"the checkpoint holds the random generators of {', '.join(saved)}; this engine draws from "
-            f"{', '.join(own)}: the run goes on, but not bit for bit as it would have",
-            BilevelWarning,
-            stacklevel=2,
-        )
-    restore({device: saved[device] for device in own if device in saved})
-
-
-GENERATORS = Part("generators", _take_generators, _generator_differences, _put_generators)
 
 # --- callbacks --------------------------------------------------------------------------------------------------------
 

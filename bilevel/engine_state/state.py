@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bilevel.checkpoint import DamagedError, StructureError
-from bilevel.engine_state.part import Part, copied
-from bilevel.engine_state.problem import BUFFERS, OPTIMIZERS, PARAMETERS, SCHEDULERS
-from bilevel.engine_state.run import CALLBACKS, COUNTS, ESTIMATORS, GENERATORS, METHODS, STREAMS
+from bilevel.engine_state.generators import GENERATORS
+from bilevel.engine_state.part import Part
+from bilevel.engine_state.problem import BUFFERS, OPTIMIZERS, PARAMETERS, SCHEDULERS, UPDATES
+from bilevel.engine_state.run import CALLBACKS, COUNTS, ESTIMATORS, METHODS, SCALES, STREAMS
 from bilevel.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,13 +24,16 @@ PARTS: tuple[Part, ...] = (
     CALLBACKS,
     SCHEDULERS,  # some set learning rates when they are loaded, which the optimisers then overwrite
     OPTIMIZERS,
+    SCALES,
     ESTIMATORS,
+    UPDATES,
     PARAMETERS,
     BUFFERS,
     COUNTS,
     GENERATORS,
 )
 
+_TELLING_FIRST = (PARAMETERS, BUFFERS, *(part for part in PARTS if part not in (PARAMETERS, BUFFERS)))
 _SHOWN = 10
 
 
@@ -49,14 +53,15 @@ def load_engine_state(engine: Engine, state: Mapping[str, Any]) -> None:
     Cost: a copy of the engine's present state is held while the new one is taken.
     """
     _check(engine, state)
-    tried: list[tuple[Part, Any]] = []
+    # Drawing batches, which going to a position in the data does, may leave other generators behind where it fails.
+    undo = [("generators", GENERATORS.undo(engine))]
     part = PARTS[0]
     try:
         for part in PARTS:
-            tried.append((part, copied(part.take(engine))))
+            undo.append((part.name, part.undo(engine)))
             part.put(engine, state[part.name])
     except BaseException as error:
-        notes = _put_back(engine, tried)
+        notes = _put_back(undo)
         if not isinstance(error, Exception):
             raise
         raise CheckpointError(
@@ -65,14 +70,14 @@ def load_engine_state(engine: Engine, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _put_back(engine: Engine, tried: list[tuple[Part, Any]]) -> list[str]:
+def _put_back(undo: list[tuple[str, Callable[[], None]]]) -> list[str]:
     """Undoes what was done, and returns what could not be undone."""
     notes = []
-    for part, before in reversed(tried):
+    for name, put_back in reversed(undo):
         try:
-            part.put(engine, before)
+            put_back()
         except Exception as error:
-            notes.append(f"What the engine had before as {part.name} could not be put back: {error}.")
+            notes.append(f"What the engine had before as {name} could not be put back: {error}.")
     return notes
 
 
@@ -89,7 +94,7 @@ def _check(engine: Engine, state: Mapping[str, Any]) -> None:
         unknown = set(state) - {"problems", *(part.name for part in PARTS)}
         if unknown:
             raise ValueError(f"unknown parts: {', '.join(sorted(map(str, unknown)))}")
-        for part in PARTS:
+        for part in _TELLING_FIRST:
             where = part.name
             differences += part.differences(engine, state[part.name])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:

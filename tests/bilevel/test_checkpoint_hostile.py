@@ -1,4 +1,4 @@
-"""Files that are damaged, of another kind, or made to deceive: refused, without waiting, running or filling anything."""
+"""Files that are damaged, of another kind, or made to deceive: refused, without running, waiting or filling memory."""
 
 from __future__ import annotations
 
