@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel import distributed
 from bilevel.callbacks.base import Callback
-from bilevel.callbacks.best_metric import BestMetric
+from bilevel.callbacks.watched_metric import WatchedMetric
 from bilevel.checkpoint import (
     DamagedError,
     FolderLock,
@@ -22,7 +23,7 @@ from bilevel.checkpoint import (
     remove_partials,
     set_aside,
 )
-from bilevel.errors import BilevelWarning, CheckpointError
+from bilevel.errors import BilevelWarning, CheckpointError, ConfigError
 from bilevel.validation import check_choice, check_integer
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Checkpoints(Callback):
     Each is complete, whole or absent, and can be loaded by ``Engine.load``; ``Engine.resume(folder)`` goes on from the
     newest good one. A write that fails (a full disk, say) leaves all earlier files, and the next one tries again.
 
-    Put it last among the callbacks: at the end of a run, it saves what the others have become by then.
+    It must come after all callbacks that have a state: what they do when a step is complete belongs to that step.
 
     One run writes to a folder at a time: a second one is refused, whichever process it is in. A folder with checkpoints
     of later steps than the engine's is refused too, so that two runs' files are never mixed.
@@ -50,19 +51,18 @@ class Checkpoints(Callback):
         keep: How many of the newest periodic ones stay; None for all.
         best: What the best checkpoint is best in: ``"problem"`` for its loss, or ``"problem/metric"`` for a value
             that its loss or its ``evaluate()`` returns. None for no best checkpoint. Values that are NaN, or those of
-            skipped steps, are never best.
+            skipped steps, are never best. A value of ``evaluate()`` belongs to the state that is saved; a loss was
+            taken before the step's updates.
         mode: ``"min"`` or ``"max"``: which values are better.
         on_failure: ``"warn"`` and go on where a checkpoint cannot be written, or ``"raise"``.
 
     Attributes:
         folder: The folder.
-        best_value: The best value so far; None before the first.
-        best_step: The number of steps taken when it was seen.
 
     Raises:
-        ConfigError: A value that makes no sense.
+        ConfigError: A value that makes no sense; when a run starts: a callback with a state comes after this one.
         CheckpointError: When a run starts: the folder cannot be written to, is another run's, or holds later steps.
-        UnknownNameError: Once it can be known: there is no such metric.
+        UnknownNameError: At the first step, or at the first evaluation: there is no such metric.
 
     Example:
         >>> Checkpoints("runs/a", every=500, keep=2, best="classifier/accuracy", mode="max")
@@ -85,50 +85,60 @@ class Checkpoints(Callback):
         check_choice("Checkpoints", "mode", mode, ("min", "max"))
         check_choice("Checkpoints", "on_failure", on_failure, ("warn", "raise"))
         self.folder = Path(folder)
-        self.best_value: float | None = None
-        self.best_step = 0
         self._every, self._keep, self._on_failure = every, keep, on_failure
-        self._best, self._mode = best, mode
-        self._metric = None if best is None else BestMetric(best)
+        self._metric, self._mode = best, mode
+        self._watched = None if best is None else WatchedMetric("Checkpoints", best, mode, 0.0, 0)
         self._lock: FolderLock | None = None
         self._steps_left: int | None = None
+        self._before_step: dict[str, Any] = {}
+        self._in_step = self._is_best = False
         self._complete: int | None = None
         self._saved: int | None = None
 
     @property
+    def best(self) -> float:
+        """The best value so far; NaN before there is one."""
+        return math.nan if self._watched is None else self._watched.best
+
+    @property
+    def best_step(self) -> int:
+        """The step of the best value; 0 before there is one."""
+        return 0 if self._watched is None else self._watched.best_step
+
+    @property
     def best_path(self) -> Path | None:
-        """The file of the best checkpoint; None where there is none."""
-        return None if self.best_value is None else self.folder / file_name("best", self.best_step)
+        """The file of the best checkpoint; None before there is one."""
+        return self.folder / file_name("best", self.best_step) if self.best_step else None
 
     def on_run_start(self, engine: Engine, steps: int) -> None:
         """See :meth:`Callback.on_run_start`."""
         self._steps_left = steps
-        if self._metric is not None:
-            self._metric.check_problem(engine)
         self._open(engine)
 
     def on_step_end(self, engine: Engine, result: StepResult) -> None:
         """See :meth:`Callback.on_step_end`."""
+        self._in_step, self._is_best = True, False
         if self._steps_left is not None:
             self._steps_left -= 1
-        if self._metric is not None:
-            self._metric.see_step(result)
+        if self._watched is not None:
+            self._before_step = self._watched.state_dict()
+            self._is_best = bool(self._watched.after_step(engine, result))
 
     def on_evaluate(self, engine: Engine, metrics: Mapping[str, float]) -> None:
-        """See :meth:`Callback.on_evaluate`."""
-        if self._metric is not None:
-            self._metric.see_evaluation(metrics)
+        """See :meth:`Callback.on_evaluate`. Of evaluations between steps, no checkpoint can be made."""
+        if self._watched is not None and self._in_step:
+            self._is_best |= bool(self._watched.after_evaluation(engine, metrics))
 
     def on_step_complete(self, engine: Engine, result: StepResult) -> None:
         """See :meth:`Callback.on_step_complete`."""
-        if self._metric is not None:
-            self._metric.check(engine)
         self._open(engine)
+        self._in_step = False
         step = self._complete = engine.step_count
-        best = self._is_best() and self._write_best(engine)
+        best = self._is_best and self._write(engine, "best")
+        if self._is_best and not best and self._watched is not None:
+            self._watched.load_state_dict(self._before_step)  # the former best one is still that
         if step % self._every == 0:
-            there = self.folder / file_name("best", step) if best else None
-            self._write(engine, "step", there)
+            self._write(engine, "step", self.best_path if best else None)
 
     def on_run_end(self, engine: Engine) -> None:
         """See :meth:`Callback.on_run_end`."""
@@ -143,30 +153,27 @@ class Checkpoints(Callback):
                 self._lock = None
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Callback.state_dict`."""
-        if self._best is None:
+        """Returns the best value so far, of which metric it is, and its step."""
+        if self._watched is None:
             return {}
-        return {"best": self._best, "mode": self._mode, "value": self.best_value, "step": self.best_step}
+        return {"metric": self._metric, "mode": self._mode, "watched": self._watched.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Callback.load_state_dict`. A best value of another metric is forgotten."""
+        """See :meth:`Callback.load_state_dict`. A best value of another metric is forgotten, with a warning."""
         self._complete = self._saved = None
-        if self._best is None:
+        if self._watched is None:
             return
-        value, step = state["value"], state["step"]
-        if type(step) is not int or not (value is None or isinstance(value, float)):
-            raise CheckpointError(f"Checkpoints: {dict(state)!r:.80} is no state")
-        if (state["best"], state["mode"]) != (self._best, self._mode):
-            _warn(f"the checkpoint knows the best {state['best']!r}; that of {self._best!r} is looked for afresh")
-            value, step = None, 0
-        self.best_value, self.best_step = value, step
+        if (state["metric"], state["mode"]) == (self._metric, self._mode):
+            self._watched.load_state_dict(state["watched"])
+        else:
+            _warn(f"the checkpoint knows the best {state['metric']!r}; that of {self._metric!r} is looked for afresh")
 
     def __repr__(self) -> str:
         """Names the settings that differ from their defaults."""
         values: dict[str, tuple[object, object]] = {
             "every": (self._every, 100),
             "keep": (self._keep, 3),
-            "best": (self._best, None),
+            "best": (self._metric, None),
             "mode": (self._mode, "min"),
             "on_failure": (self._on_failure, "warn"),
         }
@@ -177,6 +184,7 @@ class Checkpoints(Callback):
         """Takes the folder for this run, and clears up after an earlier one that was killed."""
         if self._lock is not None or distributed.rank() != 0:
             return
+        _refuse_followers(self, engine.callbacks)
         try:
             self._lock = FolderLock(self.folder)
             remove_partials(self.folder)
@@ -207,24 +215,6 @@ class Checkpoints(Callback):
                 "on from it (Engine.resume, or --resume on the command line), or name another folder for another run"
             )
 
-    def _is_best(self) -> bool:
-        value = None if self._metric is None else self._metric.take()
-        if value is None or value != value:
-            return False
-        if self.best_value is None:
-            return True
-        return value < self.best_value if self._mode == "min" else value > self.best_value
-
-    def _write_best(self, engine: Engine) -> bool:
-        """Writes a best checkpoint, which knows that it is; the former best stays one where that fails."""
-        assert self._metric is not None
-        before = self.best_value, self.best_step
-        self.best_value, self.best_step = self._metric.last, engine.step_count
-        if self._write(engine, "best"):
-            return True
-        self.best_value, self.best_step = before
-        return False
-
     def _write(self, engine: Engine, kind: str, same: Path | None = None) -> bool:
         """Writes a file, or gives an equal one a second name; then removes those that need not stay."""
         if distributed.rank() != 0:
@@ -251,6 +241,17 @@ class Checkpoints(Callback):
         if self._on_failure == "raise":
             raise CheckpointError(text) from error
         _warn(f"{text}. The run goes on; earlier checkpoints are as they were, and the next one will be tried")
+
+
+def _refuse_followers(own: Checkpoints, callbacks: Sequence[Callback]) -> None:
+    """Raises where a callback would still change its state after this one has saved it."""
+    place = next((place for place, callback in enumerate(callbacks) if callback is own), len(callbacks))
+    for callback in callbacks[place:]:
+        if not isinstance(callback, Checkpoints) and type(callback).state_dict is not Callback.state_dict:
+            raise ConfigError(
+                f"Checkpoints comes before {type(callback).__name__}, whose state of a step would be missing from that "
+                "step's checkpoint: list Checkpoints last in Engine(callbacks=[...])"
+            )
 
 
 def _warn(text: str) -> None:
