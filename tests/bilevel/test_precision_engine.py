@@ -19,7 +19,22 @@ from tests.bilevel.test_optimizers import batches
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-NO_GRAPHS = [method for method in METHODS if not (isinstance(method, dict) and method.get("memory") == "graph")]
+FAST = [
+    "identity",
+    "finite_difference",
+    "unrolled",
+    {"method": "unrolled", "memory": "graph"},
+    {"method": "conjugate_gradient", "damping": 1.0, "products": "finite_difference"},
+    {"method": "neumann", "damping": 1.0, "curvature": "gauss_newton"},
+]
+
+
+def methods(*, graphs: bool) -> list[object]:
+    """Every method; one of each kind of product in the fast tests."""
+    more = [{"method": "minres", "damping": 1.0, "products": "finite_difference"}]
+    every = [*FAST, *(method for method in [*METHODS, *more] if method not in FAST)]
+    kept = [method for method in every if graphs or not (isinstance(method, dict) and "memory" in method)]
+    return [pytest.param(m, id=str(m), marks=() if m in FAST else pytest.mark.slow) for m in kept]
 
 
 def watched(made: Engine, name: str = "network") -> list[torch.dtype]:
@@ -30,7 +45,7 @@ def watched(made: Engine, name: str = "network") -> list[torch.dtype]:
 
 
 @pytest.mark.parametrize("precision", HALF)
-@pytest.mark.parametrize("method", NO_GRAPHS, ids=str)
+@pytest.mark.parametrize("method", methods(graphs=False))
 def test_training_passes_are_in_low_precision_and_products_in_float32(method, precision):
     """Two inner updates and the outer loss under autocast, everything else in full precision."""
     made = engine(method, torch.float32, EngineConfig(progress=False, precision=precision))
@@ -213,13 +228,6 @@ def test_a_loss_that_is_not_finite_is_no_overflow():
     assert made.scales["network"].overflows == 0
 
 
-PRODUCTS = [
-    *METHODS,
-    {"method": "neumann", "damping": 1.0, "curvature": "gauss_newton"},
-    {"method": "minres", "damping": 1.0, "products": "finite_difference"},
-]
-
-
 class Recomputed(nn.Module):
     """A body whose activations may be computed again in the backward pass; with dropout in it."""
 
@@ -244,7 +252,7 @@ def recomputing(method, reentrant: bool | None) -> Engine:
     return Engine([scale, inner], EngineConfig(progress=False), method)
 
 
-@pytest.mark.parametrize("method", PRODUCTS, ids=str)
+@pytest.mark.parametrize("method", methods(graphs=True))
 def test_activation_checkpointing_changes_no_gradient(method):
     ends = []
     for reentrant in (None, False):
