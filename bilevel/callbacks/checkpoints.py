@@ -239,6 +239,7 @@ class Checkpoints(Callback):
 
     def _failed(self, text: str, error: Exception) -> None:
         if self._on_failure == "raise":
+            self._complete = None  # the end of the run does not try again
             raise CheckpointError(text) from error
         _warn(f"{text}. The run goes on; earlier checkpoints are as they were, and the next one will be tried")
 

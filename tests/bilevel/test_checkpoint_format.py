@@ -161,11 +161,16 @@ def test_a_state_that_contains_itself_is_refused(tmp_path: Path) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def fork() -> int:
+    """Forks, whatever threads other tests may have left."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 def in_child(function: Callable[[], object]) -> None:
     """Calls a function in a process of its own, which may lose its rights or its memory."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # other tests may have left threads
-        pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             function()
