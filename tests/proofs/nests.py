@@ -83,6 +83,7 @@ STRUCTURES: Mapping[str, Structure] = {
     "top_reads_lowest": _structure("a: b c; b: a c; c: b", "a: b c; b: c"),
     "lowest_reads_top": _structure("a: b; b: a c; c: a b", "a: b c; b: c"),
     "only_lowest_reads_top": _structure("a: b; b: c; c: a b", "a: b c; b: c"),
+    "middle_seen_through_lowest": _structure("a: c; b: a c; c: b", "a: b c; b: c"),
     "two_inner": _structure("a: b c; b: a; c: a", "a: b c"),
     "sibling_responds": _structure("a: b c; b: a; c: a b", "a: b c"),
     "sibling_responds_upwards": _structure("a: b c; b: a c; c: a", "a: b c"),

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel import EngineConfig
+from bilevel import EngineConfig, hypergradcheck
 from bilevel.hypergrad import available_methods
 from tests.bilevel.strategies import forall, logarithmic
 from tests.proofs.nest_engines import engine_of, hypergradient_of, values_of
@@ -156,3 +156,32 @@ def test_any_method_at_any_level_is_what_its_formula_says(method: NestMethod, le
 @pytest.mark.parametrize("method", [method for method in METHODS if method.twice and not method.rate], ids=str)
 def test_any_method_that_differentiates_its_solves_at_every_level(method: NestMethod) -> None:
     run(method, "every")
+
+
+@pytest.mark.parametrize(
+    "name", ["three_levels", "lowest_reads_top", "two_middles_one_lowest", "two_outer_over_a_chain"]
+)
+def test_training_ends_where_every_problem_has_solved_its_own(name: str) -> None:
+    """Few updates a level from anywhere: the fixed point is the closed form's, and no other formula's."""
+    structure = STRUCTURES[name]
+    nest = make_quadratic(structure, dict.fromkeys(structure.names, 2), coupling=0.5, condition=1.5, number=3)
+    rates = dict.fromkeys(structure.names, 0.5)
+    steps = {problem: 1 if problem in structure.outer else 2 for problem in structure.names}
+    engine = engine_of(nest, nest.point, rates=rates, steps=steps)
+    for _ in range(60):
+        engine.step()
+    close(values_of(engine), nest.optimum(), 1e-7)
+    # There, the outer gradients vanish; with the lower vectors held in the middle's curvature they would not.
+    top = structure.outer[0]
+    assert float(nest.hypergradient(top, nest.optimum(), "response").norm()) > 1e-4
+
+
+@pytest.mark.parametrize("reference", ["exact", "central_difference"])
+def test_the_check_passes_three_levels_and_fails_a_method_that_is_wrong(reference: str) -> None:
+    nest = make_quadratic(STRUCTURES["three_levels"], dict.fromkeys("abc", 2), number=7)
+    z = nest.solved()
+    report = hypergradcheck(engine_of(nest, z), reference=reference, rtol=1e-5)
+    assert report.passed, str(report)
+    for level in "bc":
+        wrong = hypergradcheck(engine_of(nest, z, {level: "identity"}), reference=reference, rtol=1e-3)
+        assert not wrong.passed
