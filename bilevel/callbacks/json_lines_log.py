@@ -26,6 +26,7 @@ class JSONLinesLog(LogFile):
     - ``passes``: ``forward`` and ``backward``.
     - ``learning_rate``: of every parameter group, after the step: that of the next update.
     - ``skipped``: the problem for which the step was skipped, or null.
+    - ``overflows``: updates left out since gradients overflowed in float16, where there were any.
     - ``values``: what other callbacks publish (:meth:`Callback.values`), where there is any.
     - ``seconds``: wall time of the step, if asked for.
 

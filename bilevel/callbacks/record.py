@@ -40,6 +40,8 @@ def step_record(engine: Engine, result: StepResult, evaluated: Mapping[str, floa
         "learning_rate": {name: rates for name, p in engine.problems.items() if (rates := learning_rates(p))},
         "skipped": result.skipped,
     }
+    if result.overflows:
+        record["overflows"] = dict(result.overflows)
     if evaluated:
         record["evaluate"] = dict(evaluated)
     if values := _published(engine):

@@ -79,7 +79,7 @@ def test_the_end_is_announced_where_a_run_fails_too() -> None:
             raise OSError("disk full")
 
     callback = Breaks()
-    with pytest.raises(BilevelError, match=r"Breaks failed in on_step_end: OSError\('disk full'\)"):
+    with pytest.raises(BilevelError, match=r"Breaks failed in on_step_end, .*step 1.*: OSError\('disk full'\)"):
         engine(callback, steps=2).run()
     assert callback.calls == [("start", 2), "end"]
 
