@@ -14,6 +14,10 @@ __all__ = ["Feed"]
 class Feed:
     """Batches for one step.
 
+    A problem's own data goes back with a step that fails (:meth:`BatchStream.rewind`). What was drawn from an iterator
+    that the caller gave cannot be put back: give a failed step's batches again, or a list's ``iter`` anew. What such an
+    iterator raises comes through as it is.
+
     Args:
         streams: The problems' own data.
         given: Batches by problem name: one batch for all updates of the problem in this step, or an iterator of
@@ -26,6 +30,8 @@ class Feed:
     def __init__(self, streams: Mapping[str, BatchStream], given: Mapping[str, Any] | None = None) -> None:
         self._streams = streams
         self._given = dict(given or {})
+        # Batches of given iterators that were looked at early.
+        self._ahead: dict[str, Any] = {}
         for name in self._given:
             if name not in streams:
                 raise unknown_name("problem", name, streams)
@@ -34,30 +40,28 @@ class Feed:
         """Returns the next batch of a problem.
 
         Raises:
-            DataError: The iterator given for this problem has ended, or its own data yields nothing.
+            DataError: The iterator given for this problem has ended, or its own data failed or yields nothing.
         """
         if name not in self._given:
             return self._streams[name].next()
-        batch = self._given[name]
-        if isinstance(batch, Iterator):
-            try:
-                return next(batch)
-            except StopIteration:
-                raise DataError(f"step() needs more batches for problem {name!r} than its iterator holds") from None
-        return batch
+        if name in self._ahead:
+            return self._ahead.pop(name)
+        given = self._given[name]
+        if not isinstance(given, Iterator):
+            return given
+        try:
+            return next(given)
+        except StopIteration:
+            raise DataError(f"step() needs more batches for problem {name!r} than its iterator holds") from None
 
     def peek(self, name: str) -> Any:
-        """Returns a problem's next batch without consuming it, where its own data is used."""
+        """Returns a problem's next batch; :meth:`next` returns it again.
+
+        Raises:
+            DataError: As for :meth:`next`.
+        """
         if name not in self._given:
             return self._streams[name].peek()
-        if isinstance(self._given[name], Iterator):
-            first = next(self._given[name])
-            rest = self._given[name]
-            self._given[name] = _chain(first, rest)
-            return first
-        return self._given[name]
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
+        if name not in self._ahead:
+            self._ahead[name] = self.next(name)
+        return self._ahead[name]

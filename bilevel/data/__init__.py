@@ -1,0 +1,7 @@
+"""Endless batches with a position that can be saved, restored and gone back to."""
+
+from __future__ import annotations
+
+from bilevel.data.stream import BatchStream
+
+__all__ = ["BatchStream"]
