@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +33,14 @@ from bilevel.functional import ParameterSlots, PassCount, buffers_protected
 from bilevel.hypergrad import Estimator, Exact, Pullback, State, Unrolled, as_estimator
 from bilevel.interrupt import Shield, StopSignals
 from bilevel.loss_scale import LossScale
+from bilevel.notices import Notices
 from bilevel.problems import Dependencies, Problem, discover
 from bilevel.problems.differentiate import Differentiator
 from bilevel.problems.gradients import Gradients
 from bilevel.problems.graph import check_ownership
 from bilevel.problems.losses import NestedLosses, nested_losses
 from bilevel.problems.method_check import check_levels, check_method, check_structure
-from bilevel.problems.records import InnerRecord
+from bilevel.problems.records import InnerRecord, LossGradient
 from bilevel.problems.schedule import Round, schedule
 from bilevel.randomness import preserved
 from bilevel.result import Hypergradient, SolveInfo, Status, StepResult
@@ -170,12 +171,13 @@ class Engine:
             overflows=report.overflows,
             skipped=skipped,
         )
-        for problem in self.problems.values():
-            problem.on_step_end(result)
-        self._call("on_step_end", result)
-        if self.config.evaluate_every and self.step_count % self.config.evaluate_every == 0:
-            self._evaluated(self.evaluate())
-        self._call("on_step_complete", result)
+        with Notices(f"after step {self.step_count}, which is complete") as notices:
+            for name, problem in self.problems.items():
+                notices.call(f"problem {name!r}", "on_step_end", partial(problem.on_step_end, result))
+            self._tell(notices, "on_step_end", result)
+            if self.config.evaluate_every and self.step_count % self.config.evaluate_every == 0:
+                notices.call("the evaluation", "evaluate", partial(self._evaluate_in_step, notices))
+            self._tell(notices, "on_step_complete", result)
         return result
 
     def stop(self, reason: str) -> None:
@@ -208,11 +210,12 @@ class Engine:
         if self.config.progress and distributed.rank() == 0 and not any(isinstance(c, Progress) for c in kept):
             self.callbacks = (*kept, Progress())
         self.stop_reason = ""
-        with StopSignals(self.config.stop_signals) as stop:
+        with StopSignals(self.config.stop_signals) as stop, Notices("at the end of the run") as ending:
             try:
-                for problem in self.problems.values():
-                    problem.on_run_start(total)
-                self._call("on_run_start", total)
+                with Notices("before the first step") as notices:
+                    for name, problem in self.problems.items():
+                        notices.call(f"problem {name!r}", "on_run_start", partial(problem.on_run_start, total))
+                    self._tell(notices, "on_run_start", total)
                 for _ in range(total):
                     result = self.step()
                     if stop.received and not self.stop_reason:
@@ -220,7 +223,7 @@ class Engine:
                     if self.stop_reason:
                         break
             finally:
-                self._end_run()
+                self._tell(ending, "on_run_end")
                 self.callbacks = kept
         return result
 
@@ -256,15 +259,7 @@ class Engine:
                 self.problems[name], [feed.peek(name)], records, self.estimator_states, active
             )
         self.passes.forward, self.passes.backward = passes.forward, passes.backward
-        names = self.problems[name].parameter_names
-        infos = list(result.solves.values()) or [SolveInfo(Status.NOT_APPLICABLE, message="nothing below is active")]
-        return Hypergradient(
-            grad=dict(zip(names, result.gradient, strict=True)),
-            direct=dict(zip(names, result.direct, strict=True)),
-            info=infos[0] if len(infos) == 1 else _worst(infos),
-            value=float(result.value),
-            state=dict(result.states),
-        )
+        return _hypergradient(self.problems[name], result)
 
     def losses(self, problem: str, batches: Mapping[str, Any] | None = None) -> NestedLosses:
         """Returns the losses of :meth:`hypergradient` as pure functions of tensors, on the batches that it takes."""
@@ -280,11 +275,16 @@ class Engine:
 
         Neither buffers nor generators change.
         """
+        metrics = self._metrics()
+        with Notices(f"after step {self.step_count}") as notices:
+            self._tell(notices, "on_evaluate", metrics)
+        return metrics
+
+    def _metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         with torch.no_grad(), preserved(self._gradients.devices), buffers_protected(self._modules):
             for name, problem in self.problems.items():
                 metrics.update({f"{name}/{key}": float(value) for key, value in problem.evaluate().items()})
-        self._call("on_evaluate", metrics)
         return metrics
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -321,6 +321,9 @@ class Engine:
             self._records,
             self.estimator_states,
             self._place,
+            self._show
+            if any(type(c).on_hypergradient is not Callback.on_hypergradient for c in self.callbacks)
+            else None,
             self.scales,
         )
         keeps = self.config.restore_on_error
@@ -340,10 +343,17 @@ class Engine:
                 self.skipped_steps += 1
                 return step.report, error.problem
             shown = explained(error, self._activity.failed, self.step_count + 1, undone=keeps)
+            del step  # whoever holds the exception holds this frame, and with it the step's records
             if shown is error:
                 raise
             raise shown from error
         return step.report, None
+
+    def _show(self, problem: Problem, result: LossGradient) -> None:
+        """Shows callbacks a hypergradient before the update."""
+        shown = _hypergradient(problem, result)
+        for callback in self.callbacks:
+            callback.on_hypergradient(self, problem.name, shown)
 
     def _present_records(self, feed: Feed) -> dict[str, InnerRecord]:
         """Returns what is kept of the inner problems' updates, and the next batch where there were none."""
@@ -367,7 +377,7 @@ class Engine:
             if fallback is None:
                 raise
             self._warn_once(name, "timeout", str(error))
-            return product(fallback)
+            return replace(product(fallback), state=state or {})
         info = pulled.info
         if not info.status.failed and not (info.message and info.method == Unrolled.name):
             return pulled
@@ -375,7 +385,9 @@ class Engine:
         if info.status.failed and self.config.on_solve_failure == "raise":
             raise SolveError(text)
         self._warn_once(name, info.status.value, text)
-        return product(fallback) if info.status.failed and fallback is not None else pulled
+        if not info.status.failed or fallback is None:
+            return pulled
+        return replace(product(fallback), state=state or {})  # the method's own state stays
 
     def _on_nested_solve(self, name: str, info: SolveInfo) -> None:
         """Applies the policy for solves that failed to those by which a response is differentiated again."""
@@ -462,32 +474,16 @@ class Engine:
                 own = {key.partition("/")[2]: value for key, value in metrics.items() if key.partition("/")[0] == name}
                 problem.stepper.evaluated(own)
 
-    def _end_run(self) -> None:
-        """Calls every callback's ``on_run_end``: one that fails keeps no other from writing what it has."""
-        failed: BilevelError | None = None
-        under_way = sys.exc_info()[1] is not None
-        for callback in self.callbacks:
-            try:
-                callback.on_run_end(self)
-            except Exception as error:
-                text = f"callback {type(callback).__name__} failed in on_run_end: {error!r}"
-                if under_way or failed is not None:
-                    warnings.warn(text, BilevelWarning, stacklevel=2)
-                else:
-                    failed = BilevelError(text)
-                    failed.__cause__ = error
-        if failed is not None:
-            raise failed
+    def _evaluate_in_step(self, notices: Notices) -> None:
+        metrics = self._metrics()
+        self._evaluated(metrics)
+        self._tell(notices, "on_evaluate", metrics)
 
-    def _call(self, hook: str, *arguments: Any) -> None:
+    def _tell(self, notices: Notices, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            try:
-                getattr(callback, hook)(self, *arguments)
-            except Exception as error:
-                raise BilevelError(
-                    f"callback {type(callback).__name__} failed in {hook}, after step {self.step_count}, which is "
-                    f"complete: {error!r}"
-                ) from error
+            notices.call(
+                f"callback {type(callback).__name__}", hook, partial(getattr(callback, hook), self, *arguments)
+            )
 
 
 def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callbacks: Sequence[Callback]) -> None:
@@ -505,5 +501,12 @@ def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callback
             raise ConfigError(f"callbacks must derive from bilevel.callbacks.Callback; got {callback!r}")
 
 
-def _worst(infos: Sequence[SolveInfo]) -> SolveInfo:
-    return next((info for info in infos if info.status.failed), infos[0])
+def _hypergradient(problem: Problem, result: LossGradient) -> Hypergradient:
+    infos = list(result.solves.values()) or [SolveInfo(Status.NOT_APPLICABLE, message="nothing below is active")]
+    return Hypergradient(
+        grad=dict(zip(problem.parameter_names, result.gradient, strict=True)),
+        direct=dict(zip(problem.parameter_names, result.direct, strict=True)),
+        info=next((info for info in infos if info.status.failed), infos[0]),
+        value=float(result.value),
+        state=dict(result.states),
+    )

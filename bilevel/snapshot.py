@@ -78,6 +78,7 @@ class Snapshot:
             tables: Further state that a step changes, by name: their entries are kept, not copied; those that are
                 dictionaries are copied.
         """
+        self._taken = None
         self._copy_tensors()
         self._taken = _Taken(
             [
@@ -103,7 +104,8 @@ class Snapshot:
             data_moves_on: Leave the data and the generators where they are: the same draws would lead to the same end.
         """
         taken = self._taken
-        assert taken is not None
+        if taken is None:  # it was not completed: nothing has changed since
+            return
         for module, buffers in zip(self._with_buffers, taken.buffers, strict=True):
             module._buffers.clear()
             module._buffers.update(buffers)

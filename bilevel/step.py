@@ -62,6 +62,7 @@ class Step:
         records: What was last kept of the inner problems' updates, by problem; changed.
         states: Estimator states, by problem and problem below it; changed.
         place: Says where in a problem's data its last batch came from, for messages.
+        show: Shown every hypergradient before it is used; None where nobody looks.
         scales: Loss scales by problem, where training passes are in float16.
         report: What happened.
     """
@@ -73,6 +74,7 @@ class Step:
     records: dict[str, InnerRecord]
     states: dict[str, dict[str, State]]
     place: Callable[[str], str]
+    show: Callable[[Problem, LossGradient], None] | None = None
     scales: Mapping[str, LossScale] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
 
@@ -177,6 +179,9 @@ class Step:
             if not math.isfinite(number):
                 text = f"the {what} of problem {problem.name!r} is {number}, where a finite number was expected"
                 raise self._refusal(problem, text)
+        if self.show is not None and self._dependencies.lower[problem.name]:
+            with self._activity(Work.HOOK, problem.name):
+                self.show(problem, result)
         with self._activity(Work.UPDATE, problem.name):
             problem.update(result.gradient, {"loss": value, **result.metrics})
         self.report.losses[problem.name], self.report.norms[problem.name] = value, size

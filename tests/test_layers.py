@@ -23,7 +23,7 @@ LAYERS = (
     ("hypergrad",),
     ("implicit_function", "single_loop"),
     ("argmin", "callbacks", "problems", "schema", "settings"),
-    ("config", "snapshot", "step"),
+    ("config", "notices", "snapshot", "step"),
     ("engine",),
     ("recipe",),
     ("check", "interop"),

@@ -244,7 +244,7 @@ class Problem(ABC):
 
     def evaluate_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Returns the checked scalar loss and the other metrics."""
-        with ModesKept(f"problem {self.name!r}", self._devices):
+        with ModesKept(f"problem {self.name!r}", self._devices, self.parameters):
             result = self.loss(batch)
         value, _ = loss_and_outputs(result, f"problem {self.name!r}")
         if not isinstance(result, Mapping):

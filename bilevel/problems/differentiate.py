@@ -99,7 +99,7 @@ class Differentiator:
         def pull(name: str, v: Tensors, last: bool) -> Mapping[str, Tensors]:
             if name not in lowers:
                 given = [other for other in self.dependencies.responds_to(name) if other in cotangents]
-                lowers[name] = given, self.inner_problem(name, given, records[name], records, states, active)
+                lowers[name] = given, self.inner_problem(name, given, records[name], records, active)
             given, lower = lowers[name]
 
             def product(estimator: Estimator, state: State | None = None) -> Pullback:
@@ -143,7 +143,6 @@ class Differentiator:
         given: Sequence[str],
         record: InnerRecord,
         records: Mapping[str, InnerRecord],
-        states: Mapping[str, Mapping[str, State]],
         active: frozenset[str],
     ) -> InnerProblem:
         """Returns an inner problem as estimators see it.
@@ -153,7 +152,6 @@ class Differentiator:
             given: The problems that it responds to, as far as they are varied.
             record: What to take its loss on.
             records: What to take the losses below it on.
-            states: Estimator states, by problem and problem below it.
             active: The problems that respond; others are constants.
         """
         problem = self.gradients.problems[name]
@@ -172,7 +170,7 @@ class Differentiator:
             inner: Tensors = problem.parameters,
             settled: Mapping[str, Settled] = below,
         ) -> ModuleObjective:
-            return self._objective(problem, given, batches, generators, buffers, inner, settled, states)
+            return self._objective(problem, given, batches, generators, buffers, inner, settled)
 
         def recorded(step: RecordedUpdate) -> InnerStep:
             above = [step.outer_gradient.get(other) for other in given]
@@ -203,7 +201,6 @@ class Differentiator:
         buffers: BufferValues | None,
         inner: Tensors,
         settled: Mapping[str, Settled],
-        states: Mapping[str, Mapping[str, State]],
     ) -> ModuleObjective:
         """Returns a problem's total loss as a function of its own parameters and of those in ``given``."""
         label = f"problem {problem.name!r}"
@@ -222,7 +219,7 @@ class Differentiator:
         known = {other: self.gradients.problems[other].parameters for other in given}
         known |= {problem.name: inner, **{other: state.values for other, state in settled.items()}}
         order = [name for block in self.dependencies.below(problem.name) for name in reversed(block) if name in settled]
-        lower = [self._lower(problem.name, name, known, settled, states) for name in reversed(order)]
+        lower = [self._lower(name, known, settled) for name in reversed(order)]
         return NestedObjective(
             loss,
             parts.slots,
@@ -239,19 +236,17 @@ class Differentiator:
 
     def _lower(
         self,
-        over: str,
         name: str,
         known: Mapping[str, Tensors],
         settled: Mapping[str, Settled],
-        states: Mapping[str, Mapping[str, State]],
     ) -> Lower:
-        """Returns a problem below ``over`` as a function of those that it responds to, around the ``known`` values."""
+        """Returns a problem below another as a function of those that it responds to, around the ``known`` values."""
         given = [other for other in self.dependencies.responds_to(name) if other in known]
         here, problem = settled[name], self.gradients.problems[name]
         records = {other: state.record for other, state in settled.items()}
-        lower = self.inner_problem(name, given, here.record, records, states, frozenset(settled))
+        lower = self.inner_problem(name, given, here.record, records, frozenset(settled))
         base = tuple(part for other in given for part in known[other])
-        estimator, state = self.estimators[name], states.get(over, {}).get(name, {})
+        estimator = self.estimators[name]
         respond: BestResponse
         if estimator.needs_trajectory and lower.trajectory:
             respond = RepeatedUpdates(lower.trajectory, lower.start)
@@ -260,7 +255,7 @@ class Differentiator:
             standing = InnerProblem(
                 lower.objective, here.values, base, lower.trajectory, lower.samples, lower.diagonal, lower.start
             )
-            respond = SolvedResponse(standing, estimator, state, solver, lambda info: self.on_nested_solve(name, info))
+            respond = SolvedResponse(standing, estimator, solver, lambda info: self.on_nested_solve(name, info))
         return Lower(name, problem.parameters, given, respond, problem.module)
 
     def _start(self, problem: Problem, given: Sequence[str], record: InnerRecord) -> tuple[int, ...] | None:

@@ -161,6 +161,14 @@ def _levels(names: Sequence[str], reach: Mapping[str, frozenset[str]], starts: M
     outer = tuple(name for name in names if name not in inner)
     unordered = Dependencies(dict(reach), dict(starts), lower, outer, tuple(inner))
     order = _accumulation_order(inner, unordered.responds_to)
+    for name in inner:
+        together = next((block for block in unordered.below(name) if len(block) > 1), ())
+        if together:
+            raise GraphError(
+                f"problems {' and '.join(together)} respond to each other below the middle level {name!r}, whose own "
+                "response would need the derivative of their equilibrium: that is not supported. Join them into one "
+                f"problem, or let nothing above {name!r} depend on it."
+            )
     return Dependencies(dict(reach), dict(starts), lower, outer, tuple(name for block in order for name in block))
 
 
@@ -184,15 +192,27 @@ class _Levels:
             found.add(current)
             stack.extend(self.lower[current])
             stack.extend(other for other in self._given(current, name) if self._depends(other, name, set()))
+            stack.extend(self._leaders(current, name))
         return found
 
     def _depends(self, name: str, above: str, seen: set[str]) -> bool:
         """Whether a problem's best response depends on one that is listed before it."""
         seen.add(name)
-        if above in self._reads(name):
+        if above in self._reads(name) or any(True for _ in self._leaders(name, above)):
             return True
         further = {*self.lower[name], *self._given(name, above)} - seen
         return any(self._depends(other, above, seen) for other in further)
+
+    def _leaders(self, name: str, above: str) -> Iterator[str]:
+        """Yields the problems over ``name``, after ``above``, that depend on ``above`` otherwise than through it.
+
+        Two that are over one problem and depend on each other through it alone are players of a game, not levels.
+        """
+        for other in self._later(above, self._reads(name)):
+            if name in self.lower[other]:
+                given = [third for third in self._given(other, above) if third not in self.lower[other]]
+                if above in self._reads(other) or any(self._depends(third, above, {name, other}) for third in given):
+                    yield other
 
     def _given(self, name: str, above: str) -> Iterator[str]:
         """Yields the problems after ``above`` whose values a problem takes as given: it is neither over nor below."""

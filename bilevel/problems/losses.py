@@ -69,7 +69,7 @@ def nested_losses(
     known = {outer, *names}
     above = {name: tuple(other for other in dependencies.responds_to(name) if other in known) for name in names}
     inner = {
-        name: differentiator.inner_problem(name, above[name], records[name], records, {}, active).objective
+        name: differentiator.inner_problem(name, above[name], records[name], records, active).objective
         for name in names
     }
     return NestedLosses(objective, inner, above)

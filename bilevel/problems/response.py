@@ -28,7 +28,7 @@ from bilevel.functional import (
     gradient,
     leaves,
 )
-from bilevel.hypergrad import Estimator, FiniteDifference, Identity, InnerProblem, InnerStep, Nystrom, State
+from bilevel.hypergrad import Estimator, FiniteDifference, Identity, InnerProblem, InnerStep, Nystrom
 from bilevel.implicit_function import AdjointRule, obstacle
 from bilevel.randomness import Replay
 from bilevel.result import SolveInfo
@@ -66,7 +66,8 @@ class RepeatedUpdates(BestResponse):
         """See :meth:`BestResponse.__call__`."""
         inner, memory = self._steps[0].inner, self._steps[0].memory
         if self._start is not None:
-            inner = tuple(outer[place] for place in self._start)
+            # Copies: a loss may read the variables it started from as well, and depends on those by itself.
+            inner = tuple(outer[place].clone() for place in self._start)
         with torch.enable_grad():
             for step in self._steps:
                 point = tuple(part if part.requires_grad else part.detach().requires_grad_() for part in inner)
@@ -78,13 +79,12 @@ class SolvedResponse(BestResponse):
     """The solution of ``∂f/∂w (w, λ) = 0`` near ``(w₀, λ₀)``, where the problem stands and is taken for solved.
 
     At other λ it is one Newton step from there, ``w₀ − H(w₀, λ)⁻¹ (g(w₀, λ) − g(w₀, λ₀))``, right to first order in
-    ``λ − λ₀``. First derivatives are those of the problem's own method. Further ones are those of the implicit function
-    theorem (:mod:`bilevel.implicit_function`), every solve by ``solver``.
+    ``λ − λ₀``. First derivatives are those of the problem's own method, unless that continues from a state. Further ones
+    are those of the implicit function theorem (:mod:`bilevel.implicit_function`), every solve by ``solver``.
 
     Args:
         problem: f, ``w₀`` and ``λ₀``.
         estimator: The problem's own method.
-        state: Its state.
         solver: A method whose solution can be differentiated.
         report: Told of every solve by ``solver``.
     """
@@ -93,14 +93,13 @@ class SolvedResponse(BestResponse):
         self,
         problem: InnerProblem,
         estimator: Estimator,
-        state: State,
         solver: Estimator,
         report: Callable[[SolveInfo], None],
     ) -> None:
         self._problem = replace(problem, outer=tuple(part.detach().clone() for part in problem.outer))
         self._point = tuple(part.detach() for part in problem.inner)
-        self._estimator = estimator
-        self._state = state
+        # A state belongs to the cotangent of the last call, and here come others.
+        self._estimator = solver if estimator.needs_state else estimator
         self.rule = AdjointRule(problem.objective, solver, report, closed=False)
         self._slope: Tensors | None = None
 
@@ -113,7 +112,7 @@ class SolvedResponse(BestResponse):
     def pullback(self, cotangent: Tensors, inner: Tensors, outer: Tensors) -> Tensors:
         """Returns ``cotangentᵀ dw*/dλ`` by the problem's own method, as numbers."""
         here = replace(self._problem, inner=leaves(inner), outer=leaves(outer))
-        return self._estimator.respond(here).pullback(cotangent, self._state).value
+        return self._estimator.respond(here).pullback(cotangent, {}).value
 
     def _values(self, outer: Tensors) -> Tensors:
         base = self._problem.outer
