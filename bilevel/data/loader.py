@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from bilevel.data.generators import Generators
 from bilevel.data.source import Source
+from bilevel.data.tracked import Stateful
 
 __all__ = ["LoaderSource"]
 
@@ -50,14 +51,25 @@ class LoaderSource(Source):
 
     def caveat(self, epoch: int) -> str:
         """Returns why batches may differ; see :meth:`Source.caveat`."""
-        if self.num_workers and not self.batches.in_order:
-            return "workers deliver batches as they come (in_order=False): set in_order=True"
+        if reason := self._out_of_order():
+            return reason
+        data: Any = self.batches.dataset
+        if isinstance(data, Stateful) and not isinstance(data, IterableDataset):
+            return (
+                "the data set has a state of its own, which drawing the epoch again does not restore: use torchdata's "
+                "StatefulDataLoader with a sampler of torch's"
+            )
         if self._persistent and epoch:
             return (
                 "the random numbers that persistent workers draw themselves (augmentation) went on from earlier epochs "
                 "and now start anew; the order is right. If the data set draws random numbers, set "
                 "persistent_workers=False, or use torchdata's StatefulDataLoader with a sampler of torch's"
             )
+        return ""
+
+    def _out_of_order(self) -> str:
+        if self.num_workers and not self.batches.in_order:
+            return "workers deliver batches as they come (in_order=False): set in_order=True"
         return ""
 
     def _prepare(self, epoch: int, generators: Generators) -> None:

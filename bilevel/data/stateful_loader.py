@@ -89,7 +89,7 @@ class StatefulLoaderSource(LoaderSource):
 
     def caveat(self, epoch: int) -> str:
         """Returns why batches may differ; see :meth:`Source.caveat`."""
-        return super().caveat(0)
+        return self._out_of_order()
 
 
 def can_resume(loader: DataLoader[Any]) -> bool:

@@ -24,8 +24,10 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+import bilevel.data
 from bilevel.checkpoint import read_state, write_state
 from bilevel.data import BatchStream
+from bilevel.errors import BilevelWarning, CheckpointError, DataError
 
 torchdata = pytest.importorskip("torchdata.stateful_dataloader")
 samplers = pytest.importorskip("torchdata.stateful_dataloader.sampler")
@@ -280,6 +282,21 @@ def check_every_place(folder: Path, places: range, *arguments: Any, **settings: 
         assert take(stream, 1) == expected[place : place + 1]
 
 
+def check_resumes_in_a_row(folder: Path, steps: int, *arguments: Any, **settings: Any) -> None:
+    """Saves after a step that failed and after a look ahead, and goes on in a new stream each time."""
+    expected = take(BatchStream(loader(*arguments, **settings), "p", 3), 2 * steps + 4)
+    stream = BatchStream(loader(*arguments, **settings), "p", 3)
+    for step in range(steps):
+        stream.mark()
+        take(stream, step % 6)
+        stream.rewind()
+        if step % 2:
+            stream.peek()
+        stream = resumed(stream.state_dict(), folder, *arguments, **settings)
+        assert take(stream, 2) == expected[2 * step : 2 * step + 2], step
+    assert take(stream, 4) == expected[2 * steps :]
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_place_is_found_again(order, tmp_path):
     check_every_place(tmp_path, range(10), "Noisy", order)
@@ -301,3 +318,178 @@ def test_every_place_is_found_again_with_workers(order, settings, tmp_path):
 @pytest.mark.parametrize("data", DATA)
 def test_every_place_is_found_again_with_workers_whatever_the_data_set(data, settings, tmp_path):
     check_every_place(tmp_path, range(9), data, num_workers=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("data", "order"), [("Counting", "shuffled"), ("Counting", "torch's random sampler"), ("Noisy", "eager")]
+)
+def test_resumes_in_a_row_go_on_as_one_run(data, order, tmp_path):
+    check_resumes_in_a_row(tmp_path, 9, data, order)
+
+
+@pytest.mark.parametrize("data", [name for name in DATA if issubclass(DATA[name], IterableDataset)])
+def test_resumes_in_a_row_go_on_as_one_run_with_iterable_data(data, tmp_path):
+    check_resumes_in_a_row(tmp_path, 9, data)
+
+
+@pytest.mark.parametrize("data", ["Counting", "Plain"])
+def test_resumes_in_a_row_go_on_as_one_run_with_workers(data, tmp_path):
+    check_resumes_in_a_row(tmp_path, 3, data, num_workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"persistent_workers": True}, {"snapshot_every_n_steps": 3}], ids=str)
+@pytest.mark.parametrize("data", DATA)
+def test_many_resumes_in_a_row_go_on_as_one_run_with_workers(data, settings, tmp_path):
+    check_resumes_in_a_row(tmp_path, 7, data, num_workers=2, **settings)
+
+
+def test_resuming_reads_nothing_again(tmp_path):
+    def reads_of_a_resumed(kind: Any) -> int:
+        stream = BatchStream(kind(Noisy(90), batch_size=3, shuffle=True), "p", 0)
+        take(stream, 20)
+        data = Noisy(90)
+        again = BatchStream(kind(data, batch_size=3, shuffle=True), "p", 0)
+        again.load_state_dict(through_a_file(stream.state_dict(), tmp_path))
+        before = data.reads
+        assert take(again, 1) == take(stream, 1)
+        return before
+
+    assert reads_of_a_resumed(torchdata.StatefulDataLoader) == 0
+    assert reads_of_a_resumed(DataLoader) == 60
+
+
+@pytest.mark.parametrize("order", sorted(DRAWN_AGAIN))
+def test_a_sampler_that_torchdata_would_restore_wrongly_has_its_epoch_drawn_again(order):
+    stream = BatchStream(loader("Noisy", order), "p", 0)
+    take(stream, 2)
+    state = stream.state_dict()
+    assert not state["stateful"]
+    assert state["anchor"] is None
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: loader("Counting", "eager"), lambda: DataLoader(Counting())], ids=["eager", ""]
+)
+def test_a_data_set_whose_state_is_not_restored_is_told_of(make):
+    stream, again = BatchStream(make(), "p", 0), BatchStream(make(), "p", 0)
+    stream.next()
+    with pytest.warns(BilevelWarning, match="has a state of its own, which drawing the epoch again does not restore"):
+        again.load_state_dict(stream.state_dict())
+
+
+def test_a_step_takes_the_state_of_a_loader_once():
+    class Asked(Counting):
+        asked = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            self.asked += 1
+            return super().state_dict()
+
+    data = Asked(300)
+    stream = BatchStream(torchdata.StatefulDataLoader(data, batch_size=3), "p", 0)
+    stream.next()
+    before = data.asked
+    for _ in range(10):
+        stream.mark()
+        take(stream, 5)
+    assert data.asked - before == 10
+    take(stream, 20)
+    stream.rewind()
+    assert data.asked - before == 10
+
+
+def test_the_loader_stays_as_the_user_made_it():
+    data = Counting()
+    mine = torchdata.StatefulDataLoader(data, batch_size=BATCH, shuffle=True, generator=given())
+    first, second = BatchStream(mine, "p", 0), BatchStream(mine, "p", 0)
+    expected = [batch[0] for batch in take(BatchStream(loader("Counting"), "p", 0), 8)]
+    for place in range(8):
+        # streams of one loader do not disturb each other, and neither does somebody who iterates it
+        assert take(first, 1)[0][0] == expected[place]
+        assert take(second, 1)[0][0] == expected[place]
+        next(iter(mine))
+    assert mine.dataset is data
+    assert mine.next_iter_state is None
+
+
+def test_workers_see_the_data_set_that_the_user_made():
+    def scale(_: int) -> None:
+        data: Any = get_worker_info().dataset
+        data.scale = 10 * data.size
+
+    class Scaled(Noisy):
+        scale = 0
+
+        def __getitem__(self, index: int) -> int:
+            return self.scale
+
+        def __getitems__(self, indices: list[int]) -> list[int]:
+            return [self.scale + 1 for _ in indices]
+
+    loaded = torchdata.StatefulDataLoader(Scaled(4), batch_size=4, num_workers=1, worker_init_fn=scale)
+    assert take(BatchStream(loaded, "p", 0), 1) == [[41] * 4]
+
+
+def test_another_number_of_workers_is_refused(tmp_path):
+    stream = BatchStream(loader(num_workers=1), "p", 0)
+    take(stream, 2)
+    other = BatchStream(loader(), "p", 0)
+    expected = take(BatchStream(loader(), "p", 0), 2)
+    with pytest.raises(CheckpointError, match="Set num_workers=1"):
+        other.load_state_dict(stream.state_dict())
+    assert take(other, 2) == expected
+
+
+def test_another_kind_of_loader_is_refused():
+    plain_loader = BatchStream(DataLoader(Noisy(), batch_size=BATCH, shuffle=True), "p", 0)
+    stateful = BatchStream(loader(), "p", 0)
+    take(plain_loader, 1)
+    take(stateful, 1)
+    with pytest.raises(CheckpointError, match="was a StatefulDataLoader .* their orders differ"):
+        plain_loader.load_state_dict(stateful.state_dict())
+    with pytest.raises(CheckpointError, match="is a StatefulDataLoader .* now: their orders differ"):
+        stateful.load_state_dict(plain_loader.state_dict())
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_named():
+    class Odd(Noisy):
+        def state_dict(self) -> dict[str, Any]:
+            return {"cache": {"lock": object()}}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise AssertionError("never saved")
+
+    stream = BatchStream(torchdata.StatefulDataLoader(Odd(), batch_size=BATCH), "p", 0)
+    stream.next()
+    with pytest.raises(CheckpointError, match=r"problem 'p'\.dataset_state\.dataset\.cache\.lock is a object"):
+        stream.state_dict()
+
+
+def test_a_data_set_that_cannot_say_its_state_is_a_fault():
+    class Mute(Noisy):
+        mute = False
+
+        def state_dict(self) -> dict[str, Any]:
+            if self.mute:
+                raise RuntimeError("not now")
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    data = Mute()
+    stream = BatchStream(torchdata.StatefulDataLoader(data, batch_size=BATCH), "p", 0)
+    expected = take(BatchStream(torchdata.StatefulDataLoader(Noisy(), batch_size=BATCH), "p", 0), 3)
+    assert take(stream, 1) == expected[:1]
+    data.mute = True
+    with pytest.raises(DataError, match="state before batch number 2 could not be taken with RuntimeError: not now"):
+        stream.state_dict()
+    data.mute = False
+    assert take(stream, 2) == expected[1:]
+
+
+def test_torchdata_is_not_needed_where_no_loader_is_its():
+    for path in Path(bilevel.data.__file__).parent.rglob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert not [line for line in lines if line.strip().startswith(("import torchdata", "from torchdata"))], path

@@ -14,7 +14,7 @@ from bilevel.errors import CheckpointError, DataError
 
 
 def loader(**settings) -> DataLoader:
-    return DataLoader(torch.arange(10), batch_size=3, **{"shuffle": True, **settings})
+    return DataLoader(torch.arange(10), **{"batch_size": 3, "shuffle": True, **settings})
 
 
 def take(stream: BatchStream, count: int) -> list[list[int]]:
@@ -106,6 +106,37 @@ def test_what_cannot_be_restored_says_so():
         BatchStream(iter([1, 2, 3, 4]), "p", 0).load_state_dict(state)
     with pytest.raises(CheckpointError, match="has fewer batches"):
         BatchStream([1, 2], "p", 0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [{}, {"epoch": 0, "taken": 1, "random": {}}, {"epoch": None}], ids=str)
+def test_what_is_no_position_is_refused(state):
+    stream, plain = BatchStream(loader(), "p", 0), BatchStream(loader(), "p", 0)
+    take(stream, 2)
+    with pytest.raises(CheckpointError, match="no position of the data of problem 'p'"):
+        stream.load_state_dict(state)
+    assert take(stream, 6) == take(plain, 8)[2:]
+
+
+def test_a_position_that_cannot_be_reached_leaves_the_stream_where_it_was():
+    far = BatchStream(loader(batch_size=1), "p", 1)
+    take(far, 9)
+    stream, plain = BatchStream(loader(), "p", 0), BatchStream(loader(), "p", 0)
+    take(stream, 2)
+    stream.peek()
+    with pytest.raises(CheckpointError, match="has fewer batches"):
+        stream.load_state_dict(far.state_dict())
+    assert stream.drawn == 2
+    assert take(stream, 6) == take(plain, 8)[2:]
+
+
+def test_an_iterator_that_nothing_was_drawn_from_can_be_loaded():
+    saved, stream = BatchStream(iter([1, 2]), "p", 0), BatchStream(iter([1, 2]), "p", 0)
+    saved.peek()
+    stream.peek()
+    stream.load_state_dict(saved.state_dict())
+    assert [stream.next(), stream.next()] == [1, 2]
+    with pytest.raises(CheckpointError, match="is an iterator"):
+        stream.load_state_dict(saved.state_dict())
 
 
 def test_a_problem_without_data_has_none_as_its_batch():
