@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,12 @@ SECONDS_BETWEEN_REFRESHES = 0.1
 
 
 class Progress(Callback):
-    """Shows steps, passes, elapsed and remaining time, and for every problem its loss, gradient norm and solve.
+    """Shows steps, elapsed and remaining time, and for every problem its loss, gradient norm and solve.
 
-    ``Engine.run`` adds one by itself unless ``EngineConfig(progress=False)``. The gradient norm of an outer problem is
-    that of its hypergradient. Where the output is no terminal, a line is printed at about every tenth of the run.
+    Below stand the last step's forward and backward passes and second-order products, how many steps of the run were
+    skipped, and in the end why it was stopped, where it was. ``Engine.run`` adds one by itself unless
+    ``EngineConfig(progress=False)``. The gradient norm of a problem that has others below it is that of its
+    hypergradient. Where the output is no terminal, a line is printed at about every tenth of the run and at its end.
 
     Args:
         console: Where to show it; standard error by default.
@@ -39,13 +42,16 @@ class Progress(Callback):
         self._live: Live | None = None
         self._total = 0
         self._done = 0
+        self._printed = 0
+        self._skipped = 0
         self._started = 0.0
         self._refreshed = 0.0
         self._last: StepResult | None = None
 
     def on_run_start(self, engine: Engine, steps: int) -> None:
         """See :meth:`Callback.on_run_start`."""
-        self._total, self._done, self._last = steps, 0, None
+        self._total, self._last = steps, None
+        self._done = self._printed = self._skipped = 0
         self._started = self._refreshed = time.monotonic()
         if self._console.is_terminal or self._console.is_jupyter:
             # Drawn between steps, by no thread of its own: data loaders fork.
@@ -57,20 +63,30 @@ class Progress(Callback):
         if self._total == 0:  # steps that somebody else's loop takes
             return
         self._done, self._last = self._done + 1, result
+        self._skipped += result.skipped is not None
         if self._live is not None:
             now = time.monotonic()
             if now - self._refreshed >= SECONDS_BETWEEN_REFRESHES:
                 self._refreshed = now
                 self._live.refresh()
         elif self._done * 10 // self._total > (self._done - 1) * 10 // self._total or self._done == 1:
-            self._console.print(self._line(engine, result), soft_wrap=True, markup=False, highlight=False)
+            self._print(self._line(engine, result))
+            self._printed = self._done
 
     def on_run_end(self, engine: Engine) -> None:
         """See :meth:`Callback.on_run_end`."""
         if self._live is not None:
             self._live.refresh()
             self._live.stop()
+        elif self._last is not None and self._total:
+            if self._printed < self._done:
+                self._print(self._line(engine, self._last))
+            if engine.stop_reason:
+                self._print(f"stopped: {engine.stop_reason}")
         self._live, self._total = None, 0
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _times(self) -> str:
         elapsed = time.monotonic() - self._started
@@ -78,37 +94,42 @@ class Progress(Callback):
         return f"{_clock(elapsed)} elapsed, {left} left"
 
     def _display(self, engine: Engine) -> RenderableType:
+        head = _head(self._done, self._total, self._times())
         if self._last is None:
-            return _head(self._done, self._total, "", self._times())
-        return Group(_head(self._done, self._total, _passes(self._last), self._times()), _problems(engine, self._last))
+            return head
+        foot = [_cell(f"{_passes(self._last)}{self._skips()}", "dim")]
+        foot += [Text(f"stopped: {engine.stop_reason}")] if engine.stop_reason else []
+        return Group(head, _problems(engine, self._last), *foot)
+
+    def _skips(self) -> str:
+        return f", {self._skipped} skipped so far" if self._skipped else ""
 
     def _line(self, engine: Engine, result: StepResult) -> str:
-        losses = "  ".join(f"{name} {result.losses.get(name, math.nan):.4g}" for name in engine.problems)
-        norms = "  ".join(f"{name} {result.gradient_norms.get(name, math.nan):.2e}" for name in engine.problems)
+        losses = "  ".join(f"{name} {_number(result.losses, name, '.4g')}" for name in engine.problems)
+        norms = "  ".join(f"{name} {_number(result.gradient_norms, name, '.2e')}" for name in engine.problems)
         solves = "; ".join(
             f"{info.method} {info.status.value}{_residual(info, ' residual ')}" for info in result.solves.values()
         )
         skipped = f" | skipped: {result.skipped} not finite" if result.skipped else ""
         return (
             f"step {self._done}/{self._total} | loss {losses} | gradient norm {norms} | {solves} | "
-            f"{_passes(result)} | {self._times()}{skipped}"
+            f"{_passes(result)}{self._skips()} | {self._times()}{skipped}"
         )
 
 
-def _head(done: int, total: int, passes: str, times: str) -> Table:
+def _head(done: int, total: int, times: str) -> Table:
     row = Table.grid(padding=(0, 2, 0, 0), expand=True)
     row.add_column(no_wrap=True)
     row.add_column(ratio=1, min_width=4, max_width=40)
     row.add_column()
-    row.add_column()
-    row.add_row(f"step {done}/{total}", ProgressBar(total, done), _cell(passes), _cell(times))
+    row.add_row(f"step {done}/{total}", ProgressBar(total, done), _cell(times))
     return row
 
 
 def _problems(engine: Engine, result: StepResult) -> Table:
     """Makes a row for every problem; a solve stands beside the inner problem that it differentiates through."""
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(max_width=20)
+    table.add_column(min_width=5, max_width=20)
     table.add_column(justify="right", no_wrap=True, min_width=9)
     table.add_column(justify="right", no_wrap=True, min_width=8)
     table.add_column()
@@ -116,7 +137,7 @@ def _problems(engine: Engine, result: StepResult) -> Table:
     table.add_column(justify="right", no_wrap=True, min_width=8)
     table.add_row("problem", "loss", "‖grad‖", "method", "status", "residual", style="dim")
     for name in engine.problems:
-        loss, size = (values.get(name, math.nan) for values in (result.losses, result.gradient_norms))
+        loss, size = _number(result.losses, name, ".4g"), _number(result.gradient_norms, name, ".2e")
         info = result.solves.get(name)
         method, status, residual = "", _cell(""), ""
         if info is not None:
@@ -124,7 +145,7 @@ def _problems(engine: Engine, result: StepResult) -> Table:
             status = _cell(info.status.value, "red" if info.status.failed else "")
         if result.skipped == name:
             status = _cell("skipped: not finite", "red")
-        table.add_row(_cell(name), f"{loss:.4g}", f"{size:.2e}", _cell(method), status, residual)
+        table.add_row(_cell(name), loss, size, _cell(method), status, residual)
     return table
 
 
@@ -133,8 +154,15 @@ def _cell(text: str, style: str = "") -> Text:
     return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
+def _number(values: Mapping[str, float], name: str, form: str) -> str:
+    """Formats a value; one that the step did not have, because it was skipped or the problem was at rest, is a dash."""
+    return format(values[name], form) if name in values else "–"
+
+
 def _passes(result: StepResult) -> str:
-    return f"{result.passes[0]} + {result.passes[1]} passes/step"
+    products = sum(info.products for info in result.solves.values())
+    more = f" and {products} products" if products else ""
+    return f"{result.passes[0]} + {result.passes[1]} passes{more}/step"
 
 
 def _residual(info: SolveInfo, label: str = "") -> str:

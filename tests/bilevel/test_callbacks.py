@@ -136,16 +136,18 @@ def test_what_is_no_hook_is_left_alone() -> None:
 
 def result(step: int, names: list[str], status: Status = Status.CONVERGED, residual: float = 1.2e-3) -> StepResult:
     values = dict.fromkeys(names, -1.2345678e-05)
-    info = SolveInfo(status, residual, method="conjugate_gradient")
+    info = SolveInfo(status, residual, products=4321, method="conjugate_gradient")
     solves = dict.fromkeys(names[1:], info)
     return StepResult(step, values, {}, values, solves, passes=(123, 4567), seconds=0.1)
 
 
-def display(width: int, names: list[str], results: list[StepResult], *, terminal: bool = True) -> str:
+def display(
+    width: int, names: list[str], results: list[StepResult], *, terminal: bool = True, total: int = 0, reason: str = ""
+) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=width, _environ={})
-    progress, watched = Progress(console), SimpleNamespace(problems=dict.fromkeys(names))
-    progress.on_run_start(watched, len(results))
+    progress, watched = Progress(console), SimpleNamespace(problems=dict.fromkeys(names), stop_reason=reason)
+    progress.on_run_start(watched, total or len(results))
     for each in results:
         progress.on_step_end(watched, each)
     progress.on_run_end(watched)
@@ -162,20 +164,34 @@ NAMES = ["cleaner", "classifier", "a_problem_with_quite_a_long_name"]
 
 
 @pytest.mark.parametrize("status", Status)
-@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize("width", [50, 60, 80, 100, 200])
 def test_no_line_is_wider_than_the_terminal(width: int, status: Status) -> None:
     lines = plain(display(width, NAMES, [result(n + 1, NAMES, status) for n in range(3)]))
     assert max(map(cell_len, lines)) <= width
-    frame = [line.strip() for line in lines[-5:]]
-    assert [line.split()[0][:4] for line in frame] == ["step", "prob", "clea", "clas", "a_pr"]  # one line a problem
-    for line in frame[2:]:
+    frame = [line.strip() for line in lines[-6:]]
+    assert [line.split()[0][:4] for line in frame] == [
+        "step",
+        "prob",
+        "clea",
+        "clas",
+        "a_pr",
+        "123",
+    ]  # one line a problem
+    for line in frame[2:5]:
         assert "-1.235e-05" in line  # numbers are never cut, text is
 
 
 def test_a_terminal_of_80_columns_shows_everything() -> None:
     names = NAMES[:2]
-    text = "\n".join(plain(display(80, names, [result(1, names), result(2, names, Status.STOPPED_AT_CAP)]))[-4:])
-    for part in ("step 2/2", "123 + 4567 passes/step", "0:00:00 elapsed", "0:00:00 left", "-1.23e-05", "1.2e-03"):
+    text = "\n".join(plain(display(80, names, [result(1, names), result(2, names, Status.STOPPED_AT_CAP)]))[-5:])
+    for part in (
+        "step 2/2",
+        "123 + 4567 passes and 4321 products/step",
+        "0:00:00 elapsed",
+        "0:00:00 left",
+        "-1.23e-05",
+        "1.2e-03",
+    ):
         assert part in text
     assert "conjugate_gradient  stopped at cap" in text
 
@@ -189,8 +205,30 @@ def test_what_is_not_solved_has_no_residual() -> None:
 
 def test_a_skipped_step_is_shown() -> None:
     skipped = StepResult(1, {"cleaner": 1.0}, {}, {}, {}, (1, 1), 0.1, skipped="classifier")
+    text = "\n".join(plain(display(80, NAMES[:2], [skipped, skipped, result(3, NAMES[:2])])))
+    assert "2 skipped so far" in text
+    one = "\n".join(plain(display(80, NAMES[:2], [skipped])))
+    assert re.search(r"cleaner +1 +– *\nclassifier +– +– +skipped: not finite", one)
     assert "skipped: not finite" in display(80, NAMES[:2], [skipped])
     assert "skipped: classifier not finite" in display(80, NAMES[:2], [skipped], terminal=False)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_end_says_where_and_why_the_run_was_stopped(terminal: bool) -> None:
+    names, reason = NAMES[:2], "outer/accuracy has not improved for 10 looks; it was best, 0.912, at step 250"
+    results = [result(n + 1, names) for n in range(13)]
+    lines = plain(display(60, names, results, terminal=terminal, total=100, reason=reason))
+    assert max(map(cell_len, lines)) <= 60 or not terminal
+    text = " ".join(" ".join(lines).split())
+    assert text.endswith(f"stopped: {reason}")
+    assert "step 13/100" in text
+
+
+def test_products_of_all_solves_are_added() -> None:
+    text = display(100, NAMES, [result(1, NAMES)], terminal=False)
+    assert "123 + 4567 passes and 8642 products/step" in text
+    nothing = StepResult(1, {}, {}, {}, {}, (1, 2), 0.1)
+    assert "1 + 2 passes/step" in display(100, NAMES, [nothing], terminal=False)
 
 
 def test_elsewhere_a_line_is_printed_at_every_tenth_and_no_control_character() -> None:
