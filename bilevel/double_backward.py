@@ -173,6 +173,10 @@ _COMPILED = (
     "a module or function compiled by torch.compile",
     "give the problem the module as it was before torch.compile; torch.compile(…, backend='eager') has one too",
 )
+_GRID = (
+    "grid_sample",
+    "interpolate with gather and elementary operations (some versions of torch differentiate it twice)",
+)
 _DISTANCES = "write the distances in elementary operations: (a[:, None] - b[None]).square().sum(-1).sqrt()"
 
 # Found by differentiating every operation of torch's own test table twice, on the CPU and on CUDA.
@@ -190,6 +194,9 @@ _OBSTACLES: Mapping[str, tuple[str, str]] = {
     "CtcLossBackward0": _CTC,
     "CtcLossBackward1": _CTC,
     "CudnnCtcLossBackward0": _CTC,
+    "GridSampler2DBackward0": _GRID,
+    "GridSampler3DBackward0": _GRID,
+    "CudnnGridSamplerBackward0": _GRID,
     "CdistBackward0": ("torch.cdist", _DISTANCES),
     "PdistBackward0": ("torch.nn.functional.pdist", _DISTANCES),
     "EmbeddingBagBackward0": ("nn.EmbeddingBag", "use nn.Embedding and sum or average what it returns"),

@@ -143,19 +143,24 @@ def test_clipping_is_that_of_a_hand_written_loop(kind, clip):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")  # no graph is captured here
 @pytest.mark.parametrize(("kind", "option"), options("foreach", "fused", "capturable"))
 def test_implementations_on_the_gpu_are_driven_bit_for_bit(kind, option):
     with torch.device("cuda"):
         module = network()
     optimizer = grouped(kind, module, **{option: True})
     expected, by_hand = copy.deepcopy((module, optimizer))
-    stepper = Stepper("network", optimizer, dict(module.named_parameters()))
-    for _ in range(4):
-        grads = [torch.randn_like(p) for p in module.parameters()]
-        stepper.update(grads, {})
+    gradients = [[torch.randn_like(p) for p in module.parameters()] for _ in range(4)]
+    for grads in gradients:
         for p, grad in zip(expected.parameters(), grads, strict=True):
-            p.grad = grad
-        by_hand.step()
+            p.grad = grad.clone()
+        try:
+            by_hand.step()
+        except (KeyError, RuntimeError) as error:
+            pytest.skip(f"torch itself cannot: {error!r}")
+    stepper = Stepper("network", optimizer, dict(module.named_parameters()))
+    for grads in gradients:
+        stepper.update(grads, {})
     assert all(torch.equal(*pair) for pair in zip(module.parameters(), expected.parameters(), strict=True))
 
 

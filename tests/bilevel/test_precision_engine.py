@@ -110,13 +110,14 @@ def by_hand_loss(module: nn.Module, decay: Tensor, batch: tuple[Tensor, Tensor])
     return F.cross_entropy(module(batch[0]), batch[1]) + decay.exp() * penalty
 
 
-def small(precision: str, factor: float = 1.0, rate: float = 0.1, **more) -> Engine:
+def small(precision: str, factor: float = 1.0, rate: float = 0.1, device: str = "cpu", **more) -> Engine:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(device)
     sgd = lambda lr: lambda params: torch.optim.SGD(params, lr=lr)  # noqa: E731
     inner = Network(module, **{"optimizer": sgd(rate), "steps": 2, **more})
     inner.factor = factor
-    outer = Decay(nn.ParameterList([torch.tensor(-3.0)]), optimizer=sgd(0.0), data=[batches(1)[0]])
+    start = nn.ParameterList([torch.tensor(-3.0, device=device)])
+    outer = Decay(start, optimizer=sgd(0.0), data=[[part.to(device) for part in batches(1)[0]]])
     return Engine([outer, inner], EngineConfig(progress=False, precision=precision), "identity")
 
 
@@ -125,24 +126,27 @@ def run(made: Engine, part: list) -> None:
         made.step({"network": iter(part[start : start + 2])})
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("factor", [1.0, 1e3])
 @pytest.mark.parametrize("precision", HALF)
-def test_inner_updates_are_those_of_a_hand_written_loop_bit_for_bit(precision, factor):
+def test_inner_updates_are_those_of_a_hand_written_loop_bit_for_bit(precision, factor, device):
     """With ``torch.amp.GradScaler`` for float16; the large factor makes gradients overflow at first."""
-    made = small(precision, factor, rate=0.1 / factor)
-    module, decay = copy.deepcopy(made.problems["network"].module), torch.tensor(-3.0)
+    made = small(precision, factor, 0.1 / factor, device)
+    module, decay = copy.deepcopy(made.problems["network"].module), torch.tensor(-3.0, device=device)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1 / factor)
-    scaler = torch.amp.GradScaler("cpu", enabled=precision == "float16")
-    for batch in batches(16):
+    scaler = torch.amp.GradScaler(device, enabled=precision == "float16")
+    every = [(x.to(device), y.to(device)) for x, y in batches(16)]
+    for batch in every:
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=HALF[precision]):
+        with torch.autocast(device, dtype=HALF[precision]):
             loss = by_hand_loss(module, decay, batch) * factor
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    overflows = [
-        made.step({"network": iter(batches(16)[n : n + 2])}).overflows.get("network", 0) for n in range(0, 16, 2)
-    ]
+    overflows = [made.step({"network": iter(every[n : n + 2])}).overflows.get("network", 0) for n in range(0, 16, 2)]
     assert all(map(torch.equal, made.problems["network"].module.parameters(), module.parameters()))
     if precision == "float16":
         assert made.scales["network"].value == scaler.get_scale()
