@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import sys
 import time
 import traceback
@@ -110,9 +111,9 @@ class _Entered:
 def explained(error: BaseException, failed: Part | None, step: int, *, undone: bool) -> BaseException:
     """Returns the exception that should leave a step.
 
-    An error of memory becomes an :class:`~bilevel.errors.OutOfMemoryError`, and the frames that it came through are
-    emptied: nothing that they held stays in memory while somebody holds the exception. Every other exception stays
-    itself, with a note where Python has them (3.11).
+    An error of memory becomes an :class:`~bilevel.errors.OutOfMemoryError`, and loses its traceback: nothing that the
+    frames held stays in memory while somebody holds the exception. The line that raised it is in the message. Every
+    other exception stays itself, with a note where Python has them (3.11).
 
     Args:
         error: What was raised.
@@ -127,10 +128,11 @@ def explained(error: BaseException, failed: Part | None, step: int, *, undone: b
         else "The step is not undone (EngineConfig.restore_on_error is off): load a checkpoint."
     )
     if is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
+        line = _line(error)
         release_frames(error)
         what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         remedy = "" if failed is None else f" To need less memory: {failed.work.remedy}."
-        return OutOfMemoryError(f"{where}: {what}. {state}{remedy}")
+        return OutOfMemoryError(f"{where}: {what}{line}. {state}{remedy}")
     if sys.version_info >= (3, 11):
         error.add_note(f"{where[0].upper()}{where[1:]}. {state}")
     return error
@@ -146,7 +148,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_frames(error: BaseException) -> None:
-    """Drops the local variables of all frames that an exception, and those it came from, have left."""
+    """Drops the tracebacks of an exception and of those it came from, and the local variables of the frames in them."""
     seen: set[int] = set()
     stack: list[BaseException | None] = [error]
     while stack:
@@ -155,7 +157,19 @@ def release_frames(error: BaseException) -> None:
             continue
         seen.add(id(current))
         traceback.clear_frames(current.__traceback__)
+        # A frame keeps the closure of its function whatever is cleared.
+        current.__traceback__ = None
         stack += [current.__cause__, current.__context__]
+
+
+def _line(error: BaseException) -> str:
+    """Names the line of the user's code that raised an exception, if one did."""
+    own = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    lines = [entry for entry in traceback.extract_tb(error.__traceback__) if not entry.filename.startswith(own)]
+    if not lines:
+        return ""
+    last = lines[-1]
+    return f" ({last.filename}, line {last.lineno}, in {last.name})"
 
 
 class Deadline:
