@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,20 +19,18 @@ from bilevel.data import BatchStream
 from bilevel.engine_state import engine_state, load_engine_state
 from bilevel.errors import (
     BilevelError,
-    BilevelWarning,
     ConfigError,
     GraphError,
-    SolveError,
-    SolveTimeoutError,
     unknown_name,
 )
 from bilevel.faults import Activity, Work, explained
 from bilevel.feed import Feed
 from bilevel.functional import ParameterSlots, PassCount, buffers_protected
-from bilevel.hypergrad import Estimator, Exact, Pullback, State, Unrolled, as_estimator
+from bilevel.hypergrad import Estimator, Exact, State, as_estimator
 from bilevel.interrupt import Shield, StopSignals
 from bilevel.loss_scale import LossScale
 from bilevel.notices import Notices
+from bilevel.policy import SolvePolicy
 from bilevel.problems import Dependencies, Problem, discover
 from bilevel.problems.differentiate import Differentiator
 from bilevel.problems.gradients import Gradients
@@ -120,7 +117,7 @@ class Engine:
         self.estimator_states: dict[str, dict[str, State]] = {}
         self._records: dict[str, InnerRecord] = {}
         self._snapshot = Snapshot(problems, every, self._gradients.devices, self.streams, self.scales, self.passes)
-        self._warned: set[tuple[str, str]] = set()
+        self._policy = SolvePolicy(self.config, lambda: self.step_count + 1)
         self._plan: tuple[Differentiator, Round] | None = None
         for problem in problems:
             problem.attach(self.problems)
@@ -368,41 +365,6 @@ class Engine:
         stream = self.streams[name]
         return f" (batch number {stream.drawn} of its data)" if stream.has_data and stream.drawn else ""
 
-    def _on_solve(self, name: str, product: Callable[..., Pullback], state: State | None) -> Pullback:
-        """Takes a best-response product, and applies the policy for solves that failed."""
-        estimator, fallback = self.estimators[name], self.config.fallback
-        try:
-            pulled = product(estimator, state)
-        except SolveTimeoutError as error:
-            if fallback is None:
-                raise
-            self._warn_once(name, "timeout", str(error))
-            return replace(product(fallback), state=state or {})
-        info = pulled.info
-        if not info.status.failed and not (info.message and info.method == Unrolled.name):
-            return pulled
-        text = f"hypergradient through problem {name!r}, step {self.step_count + 1}: {info.explain()}"
-        if info.status.failed and self.config.on_solve_failure == "raise":
-            raise SolveError(text)
-        self._warn_once(name, info.status.value, text)
-        if not info.status.failed or fallback is None:
-            return pulled
-        return replace(product(fallback), state=state or {})  # the method's own state stays
-
-    def _on_nested_solve(self, name: str, info: SolveInfo) -> None:
-        """Applies the policy for solves that failed to those by which a response is differentiated again."""
-        if not info.status.failed:
-            return
-        text = f"second derivative of the response of problem {name!r}, step {self.step_count + 1}: {info.explain()}"
-        if self.config.on_solve_failure == "raise":
-            raise SolveError(text)
-        self._warn_once(name, f"again {info.status.value}", text)
-
-    def _warn_once(self, name: str, what: str, text: str) -> None:
-        if (name, what) not in self._warned:
-            self._warned.add((name, what))
-            warnings.warn(f"{text} (said once)", BilevelWarning, stacklevel=2)
-
     def _planned(self, feed: Feed) -> tuple[Differentiator, Round]:
         """Returns how gradients are taken, and the order of updates, once the losses have been evaluated."""
         if self._plan is None:
@@ -445,8 +407,7 @@ class Engine:
             dependencies,
             estimators,
             self.config.nested_solver,
-            self._on_solve,
-            self._on_nested_solve,
+            self._policy,
             self.config.solve_timeout,
         )
         return differentiator, schedule(dependencies)

@@ -80,6 +80,8 @@ class Snapshot:
         """
         self._taken = None
         self._copy_tensors()
+        for stream in self._streams.values():
+            stream.mark()
         self._taken = _Taken(
             [
                 Kept(problem.optimizer, problem.scheduler, problem.module.modules())
@@ -129,6 +131,8 @@ class Snapshot:
             table.update(before)
         self._passes.forward, self._passes.backward = taken.passes.forward, taken.passes.backward
         if not data_moves_on:
+            for stream in self._streams.values():
+                stream.rewind()
             restore(taken.generators)
             np.random.set_state(taken.others[0])
             random.setstate(taken.others[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -30,11 +30,19 @@ from bilevel.randomness import Replay, States
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors
 
-__all__ = ["Differentiator", "OnSolve"]
+__all__ = ["Differentiator", "Policy"]
 
-OnSolve = Callable[[str, Callable[..., Pullback], State | None], Pullback]
-"""``(problem, product, state)``: takes a best-response product by ``product(method, state)``, by another method where
-its policy says so, and returns the one to use."""
+
+class Policy(Protocol):
+    """What happens where a best-response product fails."""
+
+    def take(
+        self, name: str, method: Estimator, product: Callable[[Estimator, State | None], Pullback], state: State | None
+    ) -> Pullback:
+        """Takes a product through a problem by ``product(method, state)``, or otherwise where that fails."""
+
+    def below(self, name: str, info: SolveInfo) -> None:
+        """Hears of a solve by which the response of a problem below the present one is differentiated again."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,7 @@ class Differentiator:
         estimators: The method by which each inner problem is differentiated.
         solver: The method by which the response of a problem below a middle one is differentiated again, where its own
             method can't be.
-        on_solve: See :data:`OnSolve`.
-        on_nested_solve: Told of every solve that the derivative of a response takes, with the problem's name.
+        policy: What happens where a product fails.
         solve_timeout: Seconds that one product may take; None for no limit.
     """
 
@@ -56,8 +63,7 @@ class Differentiator:
     dependencies: Dependencies
     estimators: Mapping[str, Estimator]
     solver: Estimator
-    on_solve: OnSolve
-    on_nested_solve: Callable[[str, SolveInfo], None]
+    policy: Policy
     solve_timeout: float | None = None
 
     def total(
@@ -105,7 +111,7 @@ class Differentiator:
             def product(estimator: Estimator, state: State | None = None) -> Pullback:
                 return self._product(name, estimator, lower, v, state or {})
 
-            pulled = self.on_solve(name, product, own_states.get(name))
+            pulled = self.policy.take(name, self.estimators[name], product, own_states.get(name))
             if last:
                 solves[name], new_states[name] = pulled.info, pulled.state
             parts: dict[str, Tensors] = self.gradients.split(pulled.value, given)
@@ -255,7 +261,7 @@ class Differentiator:
             standing = InnerProblem(
                 lower.objective, here.values, base, lower.trajectory, lower.samples, lower.diagonal, lower.start
             )
-            respond = SolvedResponse(standing, estimator, solver, lambda info: self.on_nested_solve(name, info))
+            respond = SolvedResponse(standing, estimator, solver, lambda info: self.policy.below(name, info))
         return Lower(name, problem.parameters, given, respond, problem.module)
 
     def _start(self, problem: Problem, given: Sequence[str], record: InnerRecord) -> tuple[int, ...] | None:

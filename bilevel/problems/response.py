@@ -79,8 +79,8 @@ class SolvedResponse(BestResponse):
     """The solution of ``∂f/∂w (w, λ) = 0`` near ``(w₀, λ₀)``, where the problem stands and is taken for solved.
 
     At other λ it is one Newton step from there, ``w₀ − H(w₀, λ)⁻¹ (g(w₀, λ) − g(w₀, λ₀))``, right to first order in
-    ``λ − λ₀``. First derivatives are those of the problem's own method, unless that continues from a state. Further ones
-    are those of the implicit function theorem (:mod:`bilevel.implicit_function`), every solve by ``solver``.
+    ``λ − λ₀``. First derivatives are those of the problem's own method, unless that continues from a state. Further
+    ones are those of the implicit function theorem (:mod:`bilevel.implicit_function`), every solve by ``solver``.
 
     Args:
         problem: f, ``w₀`` and ``λ₀``.
