@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 
 import torch
 
@@ -184,7 +184,7 @@ class Deadline:
         what: What takes so long, for the message.
         shared: Let all data-parallel ranks end together, once the time of one is over. Costs one number in every
             reduction, and a wait for it.
-        clock: Tells the time in seconds.
+        clock: Tells the time in seconds; the system's by default.
 
     Raises:
         SolveTimeoutError: When called after the time is over.
@@ -197,14 +197,14 @@ class Deadline:
         what: str,
         *,
         shared: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._reduce = reduce
         self._seconds = seconds
         self._what = what
         self._shared = shared
-        self._clock = clock
-        self._end = clock() + seconds
+        self._clock = clock or monotonic
+        self._end = self._clock() + seconds
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """Returns the reduced tensors."""

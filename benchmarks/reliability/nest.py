@@ -233,7 +233,7 @@ def build(fuse: Fuse, *, levels: int = 3, workers: int = 0, callbacks: Any = (),
         )
         problem.fuse, problem.names = fuse, names
         problems.append(problem)
-    watchers = (*callbacks, Counter(fuse))
+    watchers = (Counter(fuse), *callbacks)
     config = EngineConfig(progress=False, evaluate_every=1, **settings)
     return Engine(problems, config, hypergradient=conjugate_gradient(fuse), callbacks=watchers)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from bilevel.callbacks import Checkpoints, JSONLinesLog
 from bilevel.errors import (
     BilevelError,
     CheckpointError,
+    DataError,
     LossError,
     NonFiniteError,
     OutOfMemoryError,
@@ -189,12 +191,13 @@ def in_hooks() -> Iterator[Scenario]:
     def scenario(hook: str, raises: type[BaseException], match: tuple[str, ...], leaves: str, what: str) -> Scenario:
         return Scenario(f"exception in {what}", hook, at(hook, oh), raises, match, leaves, TWO)
 
-    yield scenario("on_run_start of decay", UserError, ("oh",), "before", "a problem's hook")
+    hooks = ("decay", "oh")
+    yield scenario("on_run_start of decay", BilevelError, (*hooks, "on_run_start"), "before", "a problem's hook")
     yield scenario(
         "on_step_start of decay", UserError, ("a hook of problem 'decay'", UNDONE), "before", "a problem's hook"
     )
-    yield scenario("on_step_end of decay", UserError, ("oh",), "after", "a problem's hook")
-    yield scenario("evaluate of decay", UserError, ("oh",), "after", "a problem's hook")
+    yield scenario("on_step_end of decay", BilevelError, (*hooks, "on_step_end"), "after", "a problem's hook")
+    yield scenario("evaluate of decay", BilevelError, ("oh", "evaluat"), "after", "a problem's hook")
     yield scenario("callback's on_run_start", BilevelError, ("Counter", "on_run_start", "oh"), "before", "a callback")
     for hook in ("on_step_end", "on_evaluate", "on_step_complete", "on_run_end"):
         yield scenario(f"callback's {hook}", BilevelError, ("Counter", hook, "oh"), "after", "a callback")
@@ -214,8 +217,8 @@ def in_data() -> Iterator[Scenario]:
             "exception in a data set",
             place,
             at(f"data of {name}", oh, after),
-            UserError,
-            (f"the draw of a batch of problem '{name}'", UNDONE),
+            DataError,
+            (f"data of problem '{name}'", "UserError: oh", UNDONE),
             settings=TWO,
         )
     for fault, action in (
@@ -228,19 +231,29 @@ def in_data() -> Iterator[Scenario]:
 
 
 def in_solves() -> Iterator[Scenario]:
+    ahead = 0.0
+
     def late(value: Any) -> Any:
-        time.sleep(1.1)
+        nonlocal ahead
+        ahead = 3600.0
         return value
 
-    limit: dict[str, Any] = {**TWO, "solve_timeout": 1.0}
+    def attempt(engine: Engine, folder: Path) -> None:
+        nonlocal ahead
+        ahead = 0.0
+        with patch("bilevel.faults.monotonic", lambda: time.monotonic() + ahead):
+            engine.run(1)
+
+    limit: dict[str, Any] = {**TWO, "solve_timeout": 600.0}
     fallback: dict[str, Any] = {"on_solve_failure": "fallback", "fallback": "minres"}
     yield Scenario(
         "a solve takes too long",
         "inner",
         at("loss of classifier", late, 3),
         SolveTimeoutError,
-        ("solve_timeout = 1 s", "'classifier'", UNDONE),
+        ("solve_timeout = 600 s", "'classifier'", UNDONE),
         settings=limit,
+        attempt=attempt,
     )
     yield Scenario(
         "a solve takes too long, with a fallback",
@@ -248,6 +261,7 @@ def in_solves() -> Iterator[Scenario]:
         at("loss of classifier", late, 3),
         settings={**limit, **fallback},
         leaves="other",
+        attempt=attempt,
         warns="longer than EngineConfig.solve_timeout",
     )
     for status in Status:
@@ -406,16 +420,16 @@ def in_workers() -> Iterator[Scenario]:
         "exception in a data-loader worker",
         "inner",
         trap(1),
-        ValueError,
-        ("oh", "the draw of a batch of problem 'classifier'", UNDONE),
+        DataError,
+        ("data of problem 'classifier'", "ValueError", "oh", UNDONE),
         settings=one,
     )
     yield Scenario(
         "a data-loader worker is killed (SIGKILL)",
         "inner",
         trap(2),
-        (RuntimeError, ConnectionError),
-        ("the draw of a batch of problem 'classifier'", UNDONE),
+        DataError,
+        ("data of problem 'classifier'", UNDONE),
         settings=one,
     )
 
@@ -483,7 +497,7 @@ def in_files() -> Iterator[Scenario]:
         "full disk",
         "in JSONLinesLog",
         settings=TWO,
-        leaves="after",
+        leaves="other",
         warns="JSONLinesLog",
         attempt=run_on_full_disk,
         watchers=lambda folder: [JSONLinesLog(folder / "log.jsonl")],
