@@ -104,7 +104,7 @@ class Stepper:
         """Makes one update of the owned parameters, and moves the scheduler on.
 
         Args:
-            gradients: One a parameter; they are copied, not changed.
+            gradients: One a parameter; they are not changed.
             values: What the loss returned: ``"loss"`` and further metrics. Read only where the scheduler asks.
 
         Raises:
@@ -117,8 +117,8 @@ class Stepper:
         try:
             for p in held:  # a frozen parameter with a gradient of its own would be moved by it
                 p.grad = None
-            for p, grad in zip(self._parameters, gradients, strict=True):
-                p.grad = _copied(grad, p)
+            for p, grad in zip(self._parameters, self._own(gradients), strict=True):
+                p.grad = grad
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
             self.optimizer.step()
@@ -133,6 +133,15 @@ class Stepper:
         if self.metric not in values:
             raise unknown_name(f"scheduler_metric of problem {self._name!r}", self.metric, values)
         self.scheduler.step(_number(values[self.metric]))
+
+    def _own(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Returns gradients that may be changed in place, where anybody will do so, in the parameters' dtypes."""
+        if self._max_grad_norm is not None or _changes_gradients(self.optimizer):
+            return [_copied(grad, p) for p, grad in zip(self._parameters, gradients, strict=True)]
+        return [
+            grad.detach() if _fits(grad, p) else _copied(grad, p)
+            for p, grad in zip(self._parameters, gradients, strict=True)
+        ]
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Moves a scheduler on that waits for a metric of ``evaluate()``; does nothing otherwise.
@@ -224,12 +233,30 @@ def _same(left: Tensor, right: Tensor) -> bool:
     return left is right
 
 
-def _copied(grad: Tensor, parameter: Tensor) -> Tensor:
-    """Returns a gradient in the parameter's dtype and layout.
+def _changes_gradients(optimizer: Optimizer) -> bool:
+    """Whether an optimiser may change gradients in place.
 
-    Clipping and some optimisers (SGD with Nesterov's momentum and ``foreach``) change gradients in place, and autograd
-    may return one tensor for two parameters, an expanded one, or one that a custom function still holds.
+    They may not be its own: autograd can return one tensor for two parameters, or one that a custom function or an
+    earlier update's record still holds. Of torch's own only SGD with Nesterov's momentum and ``foreach`` does so.
     """
+    if type(optimizer) is not getattr(torch.optim, type(optimizer).__name__, None):
+        return True
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return bool(hooks) or any(group.get("nesterov") for group in optimizer.param_groups)
+
+
+def _fits(grad: Tensor, parameter: Tensor) -> bool:
+    """Whether a gradient is what ``backward()`` would have made: of the same type, and no expanded or sparse tensor."""
+    return (
+        type(grad) is Tensor
+        and grad.layout == torch.strided
+        and grad.dtype == parameter.dtype
+        and grad.stride() == parameter.stride()
+    )
+
+
+def _copied(grad: Tensor, parameter: Tensor) -> Tensor:
+    """Returns a copy of a gradient in the parameter's dtype and layout."""
     dense = grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
     with torch.no_grad():
         return torch.empty_like(parameter, requires_grad=False).copy_(dense)

@@ -301,6 +301,51 @@ def test_given_gradients_are_not_changed_even_where_tensors_share_memory(setting
     assert all(grad.eq(1).all() for grad in grads)
 
 
+SETTINGS = [{}, {"weight_decay": 0.1}, {"maximize": True}, {"momentum": 0.9}, {"amsgrad": True}, {"centered": True}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("kind", "implementation"), [*options("foreach", "fused"), (torch.optim.Adam, "amsgrad")])
+def test_torchs_own_optimizers_get_gradients_that_are_not_copied_and_leave_them_alone(kind, implementation, settings):
+    if not set(settings) <= set(inspect.signature(kind).parameters):
+        settings = {}
+    parameter = nn.Parameter(torch.randn(3, 4))
+    optimizer = kind([parameter], **{implementation: True, **settings})
+    stepper = Stepper("one", optimizer, {"p": parameter})
+    for _ in range(3):
+        grad = torch.randn(3, 4)
+        before = grad.clone()
+        assert stepper._own([grad])[0].data_ptr() == grad.data_ptr()
+        stepper.update([grad], {})
+        assert torch.equal(grad, before)
+
+
+class Shrinking(torch.optim.SGD):
+    """Of a user's own, and changes gradients in place."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(0.5)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("by_hook", [True, False])
+def test_the_users_own_optimizers_and_hooks_may_change_gradients(by_hook):
+    parameter = nn.Parameter(torch.ones(2))
+
+    def shrink(*_) -> None:
+        parameter.grad.mul_(0.5)
+
+    optimizer = (torch.optim.SGD if by_hook else Shrinking)([parameter], lr=1.0)
+    if by_hook:
+        optimizer.register_step_pre_hook(shrink)
+    grad = torch.ones(2)
+    Stepper("one", optimizer, {"p": parameter}).update([grad], {})
+    assert grad.tolist() == [1.0, 1.0]
+    assert parameter.tolist() == [0.5, 0.5]
+
+
 def test_gradients_come_in_the_parameters_dtype_and_layout():
     p = nn.Parameter(torch.randn(3, 4, dtype=torch.bfloat16).t())
     seen: list[Tensor] = []
