@@ -344,10 +344,17 @@ def test_many_resumes_in_a_row_go_on_as_one_run_with_workers(data, settings, tmp
     check_resumes_in_a_row(tmp_path, 7, data, num_workers=2, **settings)
 
 
-def test_resuming_reads_nothing_again(tmp_path):
+@pytest.mark.parametrize("what", ["saved", "looked ahead", "went back"])
+def test_resuming_reads_nothing_again(what, tmp_path):
     def reads_of_a_resumed(kind: Any) -> int:
         stream = BatchStream(kind(Noisy(90), batch_size=3, shuffle=True), "p", 0)
         take(stream, 20)
+        if what == "looked ahead":
+            stream.peek()
+        if what == "went back":
+            stream.mark()
+            take(stream, 5)
+            stream.rewind()
         data = Noisy(90)
         again = BatchStream(kind(data, batch_size=3, shuffle=True), "p", 0)
         again.load_state_dict(through_a_file(stream.state_dict(), tmp_path))
