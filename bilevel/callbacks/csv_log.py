@@ -92,8 +92,11 @@ class CSVLog(LogFile):
             return next(csv.reader(file), [])
 
     def _widen(self, columns: Sequence[str]) -> None:
-        self._checksum = self._replace(columns)
-        self._reopen()
+        self._close()  # an open file cannot be replaced everywhere
+        try:
+            self._checksum = self._replace(columns)
+        finally:
+            self._reopen()
         self._position = os.fstat(self._file).st_size
 
     def _replace(self, columns: Sequence[str], expected: int | None = None) -> int:

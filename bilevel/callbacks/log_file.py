@@ -118,7 +118,8 @@ class LogFile(StepLog):
     def _reopen(self) -> None:
         self._close()
         # Unbuffered: nothing waits in this process, where a kill would lose it, or in a forked one's copy.
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        # O_BINARY is there on Windows, which would write two characters for a newline without it.
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
         self._closing = weakref.finalize(self, os.close, self._file)
 
     def _who(self) -> str:

@@ -52,13 +52,19 @@ def step_record(engine: Engine, result: StepResult, evaluated: Mapping[str, floa
 
 
 def flatten(record: Mapping[str, Any]) -> dict[str, Cell]:
-    """Returns a record's entries by names such as ``"loss/outer"``; callbacks' own values keep their names."""
+    """Returns a record's entries by names such as ``"loss/outer"``; callbacks' own values keep their names.
+
+    Raises:
+        ConfigError: A callback publishes a value under a name that is in use.
+    """
     flat: dict[str, Cell] = {}
     for key, value in record.items():
-        if key == "values":
-            flat.update(value)
-        else:
+        if key != "values":
             _flatten(key, value, flat)
+    for name, value in record.get("values", {}).items():
+        if name in flat:
+            raise ConfigError(f"a callback publishes a value named {name!r}, as logs name one of their own: rename it")
+        flat[name] = value
     return flat
 
 

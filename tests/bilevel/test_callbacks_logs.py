@@ -284,6 +284,29 @@ def test_a_column_that_cannot_be_added_costs_rows_not_the_table(
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
+def test_a_table_with_a_lost_row_and_a_later_column_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = engine(CSVLog(tmp_path / "log"), Saves(tmp_path / "state", 2), evaluate_every=3)
+    real = os.write
+
+    def write(file: int, data: Any) -> int:
+        if run.step_count == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.warns(BilevelWarning, match="rows are lost|lost 1 rows"):
+        run.run(4)
+    before = (tmp_path / "log").read_bytes()
+    resumed = engine(CSVLog(tmp_path / "log"), Saves(tmp_path / "state", 2), evaluate_every=3)
+    resumed.load(tmp_path / "state")
+    with pytest.warns(BilevelWarning, match="lost 1 rows"):
+        resumed.run(2)
+    assert (tmp_path / "log").read_bytes() == before
+    assert [row["step"] for row in table_of(tmp_path / "log")] == ["2", "3", "4"]
+
+
 @pytest.mark.parametrize("make", LOGS)
 def test_seconds_are_there_if_asked_for(make: Any, tmp_path: Path) -> None:
     results = Results()
@@ -310,6 +333,16 @@ def test_a_step_that_another_callback_did_not_let_complete_has_its_row(make: Any
 def test_values_of_two_callbacks_must_differ_in_name(tmp_path: Path) -> None:
     run = engine(JSONLinesLog(tmp_path / "log"), HypergradientMonitor(), HypergradientMonitor())
     with pytest.raises(BilevelError, match="two callbacks publish a value named 'hypergradient/outer/norm'"):
+        run.step()
+
+
+def test_a_value_cannot_take_the_name_of_a_column(tmp_path: Path) -> None:
+    class Takes(Callback):
+        def values(self) -> Mapping[str, float]:
+            return {"loss/outer": 1.5}
+
+    run = engine(CSVLog(tmp_path / "log"), Takes())
+    with pytest.raises(BilevelError, match="a callback publishes a value named 'loss/outer'"):
         run.step()
 
 
