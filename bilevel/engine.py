@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -151,9 +151,6 @@ class Engine:
         started, before = time.perf_counter(), self.passes.copy()
         feed = Feed(self.streams, batches)
         self._planned(feed)
-        for problem in self.problems.values():
-            if problem.stepper is not None:
-                problem.stepper.check()
         with Shield() as shield:
             report, skipped = self._step_or_undo(feed, shield)
             self.step_count += 1
@@ -170,10 +167,10 @@ class Engine:
         )
         with Notices(f"after step {self.step_count}, which is complete") as notices:
             for name, problem in self.problems.items():
-                notices.call(f"problem {name!r}", "on_step_end", partial(problem.on_step_end, result))
+                notices.problem(name, "on_step_end", partial(problem.on_step_end, result))
             self._tell(notices, "on_step_end", result)
             if self.config.evaluate_every and self.step_count % self.config.evaluate_every == 0:
-                notices.call("the evaluation", "evaluate", partial(self._evaluate_in_step, notices))
+                self._evaluate_in_step(notices)
             self._tell(notices, "on_step_complete", result)
         return result
 
@@ -211,7 +208,7 @@ class Engine:
             try:
                 with Notices("before the first step") as notices:
                     for name, problem in self.problems.items():
-                        notices.call(f"problem {name!r}", "on_run_start", partial(problem.on_run_start, total))
+                        notices.problem(name, "on_run_start", partial(problem.on_run_start, total))
                     self._tell(notices, "on_run_start", total)
                 for _ in range(total):
                     result = self.step()
@@ -250,7 +247,7 @@ class Engine:
                     f"method {estimator.name!r} differentiates the updates of problem {inner!r}, which has made none "
                     "since the engine was made or loaded: take a step first"
                 )
-        with preserved(self._gradients.devices), buffers_protected(self._modules):
+        with self._unchanged():
             records, active = self._present_records(feed), self._active()
             result = differentiator.total(
                 self.problems[name], [feed.peek(name)], records, self.estimator_states, active
@@ -272,16 +269,12 @@ class Engine:
 
         Neither buffers nor generators change.
         """
-        metrics = self._metrics()
+        metrics: dict[str, float] = {}
+        with torch.no_grad(), self._unchanged():
+            for problem in self.problems.values():
+                self._evaluate(problem, metrics)
         with Notices(f"after step {self.step_count}") as notices:
             self._tell(notices, "on_evaluate", metrics)
-        return metrics
-
-    def _metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        with torch.no_grad(), preserved(self._gradients.devices), buffers_protected(self._modules):
-            for name, problem in self.problems.items():
-                metrics.update({f"{name}/{key}": float(value) for key, value in problem.evaluate().items()})
         return metrics
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -340,17 +333,20 @@ class Engine:
                 self.skipped_steps += 1
                 return step.report, error.problem
             shown = explained(error, self._activity.failed, self.step_count + 1, undone=keeps)
-            del step  # whoever holds the exception holds this frame, and with it the step's records
-            if shown is error:
-                raise
-            raise shown from error
+            try:
+                if shown is error:
+                    raise
+                raise shown from error
+            finally:
+                # Whoever holds the exception holds this frame: no step's records, and no cycle.
+                del step, shown
         return step.report, None
 
     def _show(self, problem: Problem, result: LossGradient) -> None:
         """Shows callbacks a hypergradient before the update."""
         shown = _hypergradient(problem, result)
-        for callback in self.callbacks:
-            callback.on_hypergradient(self, problem.name, shown)
+        with Notices(f"in step {self.step_count + 1}") as notices:
+            self._tell(notices, "on_hypergradient", problem.name, shown)
 
     def _present_records(self, feed: Feed) -> dict[str, InnerRecord]:
         """Returns what is kept of the inner problems' updates, and the next batch where there were none."""
@@ -367,6 +363,9 @@ class Engine:
 
     def _planned(self, feed: Feed) -> tuple[Differentiator, Round]:
         """Returns how gradients are taken, and the order of updates, once the losses have been evaluated."""
+        for problem in self.problems.values():
+            if problem.stepper is not None:
+                problem.stepper.check()
         if self._plan is None:
             self._plan = self._discover(feed)
         differentiator, rounds = self._plan
@@ -428,23 +427,30 @@ class Engine:
         device = next(iter(self.problems.values())).parameters[0].device.type
         return torch.autocast(device, dtype=getattr(torch, self.config.precision))
 
-    def _evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Moves the schedulers on that wait for an evaluation."""
+    def _evaluate_in_step(self, notices: Notices) -> None:
+        """Evaluates, and moves the schedulers on that wait for it."""
+        metrics: dict[str, float] = {}
+        with torch.no_grad(), self._unchanged():
+            for name, problem in self.problems.items():
+                notices.problem(name, "evaluate", partial(self._evaluate, problem, metrics))
         for name, problem in self.problems.items():
             if problem.stepper is not None:
                 own = {key.partition("/")[2]: value for key, value in metrics.items() if key.partition("/")[0] == name}
-                problem.stepper.evaluated(own)
-
-    def _evaluate_in_step(self, notices: Notices) -> None:
-        metrics = self._metrics()
-        self._evaluated(metrics)
+                notices.problem(name, "scheduler", partial(problem.stepper.evaluated, own))
         self._tell(notices, "on_evaluate", metrics)
+
+    def _evaluate(self, problem: Problem, metrics: dict[str, float]) -> None:
+        metrics.update({f"{problem.name}/{key}": float(value) for key, value in problem.evaluate().items()})
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Lets the body draw random numbers and change buffers without effect."""
+        with preserved(self._gradients.devices), buffers_protected(self._modules):
+            yield
 
     def _tell(self, notices: Notices, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            notices.call(
-                f"callback {type(callback).__name__}", hook, partial(getattr(callback, hook), self, *arguments)
-            )
+            notices.callback(type(callback).__name__, hook, partial(getattr(callback, hook), self, *arguments))
 
 
 def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callbacks: Sequence[Callback]) -> None:

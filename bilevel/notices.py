@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -12,22 +13,23 @@ __all__ = ["Notices"]
 
 
 class Notices:
-    """Collects what hooks raise; the first error is raised on leaving, the others are warnings.
+    """Collects what hooks raise, and raises the first on leaving; the others are its notes.
 
     A callback that fails would otherwise leave those after it a step behind the engine, and their state is saved with
-    the engine's. Where an exception is under way on leaving, errors of hooks are warnings all: they do not replace it.
+    the engine's. Where an exception is under way on leaving, those of hooks are warnings: they do not replace it.
 
     Args:
         when: The moment, for messages: ``"after step 3, which is complete"``.
 
     Raises:
-        BilevelError: On leaving, where a hook failed; it names the hook and whose it is.
+        BilevelError: On leaving, where a callback failed; it names the callback and the hook. An error that has a type
+            of this library keeps it, as does everything that a problem's hooks raise: these get a note.
 
     Example:
         >>> heard = []
         >>> with Notices("after step 1") as notices:
-        ...     notices.call("callback A", "on_step_end", lambda: 1 / 0)
-        ...     notices.call("callback B", "on_step_end", lambda: heard.append("B"))
+        ...     notices.callback("A", "on_step_end", lambda: 1 / 0)
+        ...     notices.callback("B", "on_step_end", lambda: heard.append("B"))
         Traceback (most recent call last):
             ...
         bilevel.errors.BilevelError: callback A failed in on_step_end, after step 1: ZeroDivisionError(...)
@@ -39,12 +41,28 @@ class Notices:
         self._when = when
         self._failed: list[tuple[str, Exception]] = []
 
-    def call(self, who: str, hook: str, function: Callable[[], object]) -> None:
-        """Calls a hook."""
+    def callback(self, name: str, hook: str, function: Callable[[], object]) -> None:
+        """Calls a callback's hook."""
+        try:
+            function()
+        except BilevelError as error:
+            self._keep(f"callback {name}", hook, error)
+        except Exception as error:
+            shown = BilevelError(f"callback {name} failed in {hook}, {self._when}: {error!r}")
+            shown.__cause__ = error
+            self._failed.append((str(shown), shown))
+
+    def problem(self, name: str, hook: str, function: Callable[[], object]) -> None:
+        """Calls a problem's hook."""
         try:
             function()
         except Exception as error:
-            self._failed.append((f"{who} failed in {hook}, {self._when}: {error!r}", error))
+            self._keep(f"problem {name!r}", hook, error)
+
+    def _keep(self, who: str, hook: str, error: Exception) -> None:
+        text = f"{who} failed in {hook}, {self._when}"
+        _add_note(error, text)
+        self._failed.append((f"{text}: {error!r}", error))
 
     def __enter__(self) -> Notices:
         """Starts collecting."""
@@ -54,9 +72,20 @@ class Notices:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Raises the first error, or warns of it where another exception is under way."""
-        first = None if error is not None else next(iter(self._failed), None)
-        for text, failure in self._failed:
-            if first is None or failure is not first[1]:
+        failed, self._failed = self._failed, []
+        if error is not None:
+            for text, _ in failed:
                 warnings.warn(text, BilevelWarning, stacklevel=3)
-        if first is not None:
-            raise BilevelError(first[0]) from first[1]
+        elif failed:
+            (_, first), *others = failed
+            for text, _ in others:
+                _add_note(first, f"And {text}")
+            try:
+                raise first
+            finally:  # no cycle of exception and frame
+                del first, failed, others
+
+
+def _add_note(error: Exception, text: str) -> None:
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
