@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import sys
 import time
 import traceback
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -21,7 +23,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bilevel.callbacks.checkpoints import Checkpoints
+from bilevel.callbacks import Checkpoints
 from bilevel.check import REFERENCES, hypergradcheck
 from bilevel.config import RunConfig, dump_config, load_config
 from bilevel.engine import Engine
@@ -55,7 +57,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY.SUB=VALUE", help="Overrides one setting; repeatable.", show_default=False),
 ]
-Seed = Annotated[int | None, typer.Option(help="Short for --set engine.seed=…; seeds torch too.", show_default=False)]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Short for --set engine.seed=…; seeds torch, NumPy and Python too.", show_default=False),
+]
 _REFERENCE_HELP = (
     "exact: the dense inner Hessian at the parameters as they are, which judges the method alone. unrolled: gradient "
     "steps to the inner solution, differentiated. central_difference: the inner problem solved again for changed outer "
@@ -201,7 +206,10 @@ def _settings(
 
 
 def _build(made: Recipe, settings: RunConfig[Any]) -> Engine:
-    torch.manual_seed(settings.engine.seed)  # models are initialised in build()
+    # Models are initialised in build(), and what a recipe draws from any generator is drawn alike the next time.
+    torch.manual_seed(settings.engine.seed)
+    np.random.seed(settings.engine.seed % 2**32)
+    random.seed(settings.engine.seed)
     engine = made.build(settings)
     used = dump_config(engine.config)
     unused = [f"engine.{key}" for key, value in dump_config(settings.engine).items() if used[key] != value]
