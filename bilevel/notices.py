@@ -79,13 +79,17 @@ class Notices:
         elif failed:
             (_, first), *others = failed
             for text, _ in others:
-                _add_note(first, f"And {text}")
+                if not _add_note(first, f"And {text}"):
+                    warnings.warn(text, BilevelWarning, stacklevel=3)
             try:
                 raise first
             finally:  # no cycle of exception and frame
                 del first, failed, others
 
 
-def _add_note(error: Exception, text: str) -> None:
+def _add_note(error: Exception, text: str) -> bool:
+    """Adds a note, where Python has them."""
     if sys.version_info >= (3, 11):
         error.add_note(text)
+        return True
+    return False
