@@ -117,7 +117,7 @@ def test_two_that_fail_are_both_named() -> None:
         warnings.simplefilter("always")
         with pytest.raises(BilevelError, match="callback Breaks failed in on_step_end") as caught:
             run.run(3)
-    said = [*getattr(caught.value, "__notes__", []), *(str(warning.message) for warning in warned)]  # notes from 3.11 on
+    said = [*getattr(caught.value, "__notes__", []), *(str(warning.message) for warning in warned)]
     assert any("callback Also failed in on_step_end" in text for text in said)
 
 
