@@ -16,7 +16,7 @@ from bilevel import distributed
 from bilevel.callbacks import Callback, Progress
 from bilevel.checkpoint import read_state, write_state
 from bilevel.data import BatchStream
-from bilevel.engine_state import engine_state, load_engine_state
+from bilevel.engine_state import engine_state, load_engine_state, resume_engine
 from bilevel.errors import (
     BilevelError,
     ConfigError,
@@ -295,6 +295,19 @@ class Engine:
         """
         load_engine_state(self, read_state(path))
         self._records = {}
+
+    def resume(self, folder: str | os.PathLike[str]) -> int | None:
+        """Continues from the newest good checkpoint that :class:`~bilevel.callbacks.Checkpoints` wrote to a folder.
+
+        A damaged file is reported by a warning, and the one before it is taken. ``run(steps)`` takes ``steps`` more.
+
+        Returns:
+            The number of outer steps taken so far; None where there is no checkpoint, and nothing has changed.
+
+        Raises:
+            CheckpointError: All checkpoints are damaged, or the newest good one is of an engine of another structure.
+        """
+        return resume_engine(self, folder)
 
     def __repr__(self) -> str:
         """Lists the problems."""
