@@ -221,7 +221,7 @@ def halves(batch: Any) -> list[Any]:
     return [tuple(part[:10] for part in batch), tuple(part[10:] for part in batch)]
 
 
-@pytest.mark.parametrize("method", ["exact", "unrolled", "identity", "finite_difference"])
+@pytest.mark.parametrize("method", ["exact", "unrolled"])
 @pytest.mark.parametrize("accumulating", ["decay", "scales", "weights"])
 def test_accumulated_batches_are_one_batch_of_all_their_rows(accumulating: str, method: str) -> None:
     """Gradients and losses, and the products through the problem: two outer steps agree to rounding."""
@@ -310,12 +310,17 @@ def test_asking_for_the_hypergradient_of_three_levels_changes_nothing(method: An
 
 
 METHODS_WITH_STATE: list[Any] = [
-    "exact",
     "unrolled",
     {"method": "soba", "step_size": 0.5},
-    {"method": "cg", "warm_start": True},
-    {"method": "neumann", "terms": 3},
-    {"method": "f2sa", "iterations": 2, "step_size": 0.5},
+    *(
+        pytest.param(method, marks=pytest.mark.slow)
+        for method in (
+            "exact",
+            {"method": "cg", "warm_start": True},
+            {"method": "neumann", "terms": 3},
+            {"method": "f2sa", "iterations": 2, "step_size": 0.5},
+        )
+    ),
 ]
 
 
@@ -326,13 +331,13 @@ def test_a_saved_engine_of_three_levels_goes_on_bit_for_bit(method: Any, tmp_pat
 
     def make() -> Engine:
         adam = lambda params: torch.optim.Adam(params, lr=0.05)  # noqa: E731
-        weights = {"warmup_steps": 2, "accumulate": 2}
-        return three(method, kind=Dropped, optimizer=adam, weights=weights, scales={"start": 1, "stop": 6})
+        weights = {"warmup_steps": 2, "accumulate": 2, "steps": 2}
+        return three(method, kind=Dropped, optimizer=adam, weights=weights, scales={"start": 1, "stop": 4, "steps": 1})
 
     torch.manual_seed(3)
     whole = make()
-    for step in range(8):
-        if step == 4:
+    for step in range(5):
+        if step == 3:
             whole.save(tmp_path / "state")
         whole.step()
     end = torch.get_rng_state()
@@ -340,7 +345,7 @@ def test_a_saved_engine_of_three_levels_goes_on_bit_for_bit(method: Any, tmp_pat
     torch.manual_seed(99)
     resumed = make()
     resumed.load(tmp_path / "state")
-    for _ in range(4):
+    for _ in range(2):
         resumed.step()
     assert same(state(whole), state(resumed))
     assert torch.equal(torch.get_rng_state(), end)
@@ -386,18 +391,19 @@ def test_a_refused_step_at_any_level_changes_nothing(bad: str) -> None:
 @pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")  # far from solved
 @pytest.mark.parametrize("method", ["exact", "unrolled", {"method": "soba", "step_size": 0.5}], ids=str)
 def test_records_of_all_levels_are_let_go(method: Any) -> None:
-    """The number of living tensors and their bytes are the same after 3 steps and after 13."""
+    """The number of living tensors and their bytes are the same after 2 steps and after 6."""
 
     def living() -> tuple[int, int]:
         gc.collect()
         tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
         return len(tensors), sum(t.numel() for t in tensors)
 
-    engine = three(method, kind=Dropped, optimizer=lambda params: torch.optim.Adam(params, lr=0.05))
+    engine = three(method, kind=Dropped, data=False, optimizer=lambda params: torch.optim.Adam(params, lr=0.05))
+    batches = {name: rows(5, place) for place, name in enumerate(engine.problems)}
     counts = []
-    for count in (3, 10):
+    for count in (2, 4):
         for _ in range(count):
-            engine.step()
+            engine.step(batches)
         counts.append(living())
     assert counts[0] == counts[1]
 

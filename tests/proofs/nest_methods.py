@@ -113,9 +113,9 @@ METHODS: tuple[NestMethod, ...] = (
     NestMethod({"method": "stocbio", "terms": 20, "step_size": RATE}, _inverse),
     # one summand: the only draw there is
     NestMethod({"method": "ttsa", "terms": 1, "step_size": RATE}, _series(1), calls=1, levels=("b",)),
-    NestMethod({"method": "soba", "step_size": RATE}, _inverse, calls=20),
+    NestMethod({"method": "soba", "step_size": RATE}, _inverse, tolerance=1e-5, calls=12),
     NestMethod({"method": "amigo", "steps": 10, "step_size": RATE}, _inverse, calls=2),
-    NestMethod({"method": "fsla", "step_size": RATE, "momentum": 1.0}, _inverse, calls=20),
+    NestMethod({"method": "fsla", "step_size": RATE, "momentum": 1.0}, _inverse, tolerance=1e-5, calls=12),
     NestMethod({"method": "f2sa", "iterations": 20, "step_size": RATE}, _inverse, tolerance=1e-6, calls=1),
     NestMethod(
         {"method": "bome", "barrier": 0.0, "iterations": 20, "step_size": RATE}, _inverse, tolerance=1e-5, calls=6
