@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from bilevel import Engine, EngineConfig, Problem
 from bilevel.double_backward import obstacles, refuse_obstacles
 from bilevel.errors import LossError
 
@@ -85,6 +86,56 @@ def test_an_operation_without_second_derivative_is_refused_with_its_remedy(node,
         (grad,) = torch.autograd.grad(value, w, create_graph=True)
         with pytest.raises(RuntimeError):
             torch.autograd.grad(grad.square().sum(), w)
+
+
+class Rates(Problem):
+    def loss(self, batch):
+        return self.attention(batch).mean()
+
+
+class Attention(Problem):
+    def loss(self, batch):
+        z = self(batch).reshape(1, 1, *batch.shape)
+        penalty = self.rates.module[0].exp() * self.module.weight.square().sum()
+        return F.scaled_dot_product_attention(z, z, z).square().mean() + penalty
+
+
+def attending(method) -> Engine:
+    torch.manual_seed(0)
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    outer = Rates(nn.ParameterList([torch.tensor(0.0)]), optimizer=sgd, data=[ROWS])
+    inner = Attention(nn.Linear(5, 5, bias=False), optimizer=sgd, data=[ROWS], steps=2)
+    return Engine([outer, inner], EngineConfig(progress=False), method)
+
+
+@pytest.mark.parametrize("method", ["identity", "neumann", "stocbio", "unrolled"])
+def test_an_engine_refuses_attention_before_its_first_step(method):
+    with pytest.raises(LossError, match=r"problem 'attention'.*fused attention.*'finite_difference'.*SDPBackend\.MATH"):
+        attending(method)
+    with sdpa_kernel(SDPBackend.MATH):
+        attending(method)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "finite_difference",
+        {"method": "neumann", "products": "finite_difference"},
+        {"method": "stocbio", "products": "finite_difference"},
+    ],
+    ids=str,
+)
+def test_an_engine_runs_attention_by_first_derivatives(method):
+    """What the refusal says is true, and gives what the math back end gives."""
+    ends = []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(backend):
+            made = attending(method)
+            torch.manual_seed(0)
+            made.step()
+            ends.append(made.problems["rates"].module[0].item())
+    assert ends[0] != 0
+    assert ends[0] == pytest.approx(ends[1], rel=1e-2)
 
 
 def test_an_operation_off_the_way_to_the_parameters_is_no_obstacle():

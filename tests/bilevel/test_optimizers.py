@@ -367,6 +367,33 @@ def test_sparse_gradients_become_dense():
     assert moved.tolist() == [False, True, False, True, False]
 
 
+class Table(Network):
+    def loss(self, batch):
+        rows = self.module[0](batch[1])
+        return (rows * batch[0][:, :2]).sum().square() + self.decay.module[0].exp() * rows.square().sum()
+
+
+class Above(Decay):
+    def loss(self, batch):
+        return self.network.module[0](batch[1]).square().sum()
+
+
+@pytest.mark.parametrize("method", ["identity", "finite_difference", "unrolled"])
+def test_a_sparse_table_is_trained_as_a_dense_one(method):
+    ends = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Embedding(5, 2, sparse=sparse))
+        sgd = lambda params: torch.optim.SGD(params, lr=0.01)  # noqa: E731
+        outer = Above(nn.ParameterList([torch.tensor(-3.0)]), name="decay", optimizer=sgd, data=batches(2))
+        engine = Engine([outer, Table(module, name="network", optimizer=sgd, data=batches(3))], QUIET, method)
+        for _ in range(3):
+            engine.step()
+        ends.append([module[0].weight.detach(), outer.module[0].detach()])
+    assert all(map(torch.equal, *ends))
+    assert ends[0][1] != -3.0
+
+
 def test_gradients_are_taken_away_when_the_optimizer_raises():
     class Failing(torch.optim.SGD):
         def step(self, closure=None):
