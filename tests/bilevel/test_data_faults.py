@@ -332,6 +332,20 @@ def test_batches_as_they_come_are_told_of():
         stream.load_state_dict(stream.state_dict())
 
 
+def test_where_that_warning_is_an_error_the_stream_stays_where_it_was():
+    def stream() -> BatchStream:
+        return BatchStream(DataLoader(torch.arange(9), batch_size=3, num_workers=1, in_order=False), "p", 0)
+
+    far, near = stream(), stream()
+    far.next()
+    far.next()
+    near.next()
+    state = far.state_dict()
+    with pytest.raises(BilevelWarning):
+        near.load_state_dict(state)
+    assert near.drawn == 1
+
+
 def test_an_iterable_data_set_that_fails_in_a_worker_is_begun_again(tmp_path):
     class Numbers(IterableDataset):
         def __iter__(self) -> Iterator[float]:

@@ -248,6 +248,11 @@ def test_streams_that_share_a_generator_do_not_disturb_each_other():
     assert orders(together=True) == orders(together=False)
 
 
+def test_a_generator_of_the_users_goes_on_within_an_epoch():
+    rows = [row for batch in take(BatchStream(drawing_from_a_generator(), "p", 0), 23) for row in batch]
+    assert rows[:32] != rows[32:64]  # drawn 32 at a time
+
+
 def test_an_epoch_of_a_distributed_sampler_is_set_again():
     sampler = DistributedSampler(range(10), num_replicas=2, rank=0)
     stream = BatchStream(DataLoader(torch.arange(10), batch_size=5, sampler=sampler), "p", 0)

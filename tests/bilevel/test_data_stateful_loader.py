@@ -404,6 +404,51 @@ def test_a_step_takes_the_state_of_a_loader_once():
     take(stream, 20)
     stream.rewind()
     assert data.asked - before == 10
+    stream = BatchStream(torchdata.StatefulDataLoader(data, batch_size=3), "p", 0)
+    take(stream, 2)
+    stream.state_dict()
+    before = data.asked
+    stream.state_dict()
+    assert data.asked == before
+
+
+def test_a_state_that_the_data_set_goes_on_to_change_is_the_state_of_its_time(tmp_path):
+    class Living(Noisy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def __getitem__(self, index: int) -> int:
+            self.seen.append(index)
+            return len(self.seen)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.seen = state["seen"]
+
+    def stream() -> BatchStream:
+        return BatchStream(torchdata.StatefulDataLoader(Living(), batch_size=BATCH), "p", 0)
+
+    saved, again = stream(), stream()
+    expected = take(stream(), 9)
+    take(saved, 2)
+    saved.mark()
+    take(saved, 5)
+    saved.rewind()
+    again.load_state_dict(through_a_file(saved.state_dict(), tmp_path))
+    assert take(again, 7) == expected[2:]
+
+
+def test_an_epoch_of_iterable_data_is_gone_to_from_the_end_of_the_one_before():
+    """A generator has begun nothing before it is asked, and what its data set says then is of the epoch before."""
+    stream = BatchStream(loader("Continuing"), "p", 0)
+    take(stream, PER_EPOCH)
+    stream.peek()
+    state = stream.state_dict()
+    assert (state["epoch"], state["taken"]) == (1, 0)
+    assert (state["anchor"]["at"]["epoch"], state["anchor"]["at"]["taken"]) == (0, PER_EPOCH)
 
 
 def test_the_loader_stays_as_the_user_made_it():
