@@ -353,6 +353,7 @@ class Engine:
             finally:
                 # Whoever holds the exception holds this frame: no step's records, and no cycle.
                 del step, shown
+        self._snapshot.drop()
         return step.report, None
 
     def _show(self, problem: Problem, result: LossGradient) -> None:

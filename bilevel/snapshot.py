@@ -99,6 +99,10 @@ class Snapshot:
             (np.random.get_state(), random.getstate()),
         )
 
+    def drop(self) -> None:
+        """Lets go of what a step that went well no longer needs."""
+        self._taken = None
+
     def restore(self, *, data_moves_on: bool = False) -> None:
         """Puts everything back, in place.
 
@@ -136,7 +140,7 @@ class Snapshot:
             restore(taken.generators)
             np.random.set_state(taken.others[0])
             random.setstate(taken.others[1])
-        self._taken = None
+        self.drop()
 
     def _copy_tensors(self) -> None:
         """Copies parameters and buffers into tensors that stay: fresh memory costs several times the copy."""
