@@ -198,9 +198,8 @@ def test_a_log_that_is_not_the_one_of_the_state_is_refused_before_a_step(
     harmed = path.read_bytes() if path.exists() else None
     resumed = engine(make(path))
     resumed.load(tmp_path / "state")
-    with pytest.raises(BilevelError, match=message) as caught:
+    with pytest.raises(CheckpointError, match=message):
         resumed.run(2)
-    assert isinstance(caught.value.__cause__, CheckpointError)
     assert resumed.step_count == 3
     assert (path.read_bytes() if path.exists() else None) == harmed
 
@@ -210,9 +209,8 @@ def test_a_new_run_refuses_the_log_of_another_unless_told_to_overwrite(make: Any
     path = tmp_path / "log"
     engine(make(path)).run(3)
     before = path.read_bytes()
-    with pytest.raises(BilevelError, match=r"holds \d+ bytes.*overwrite=True") as caught:
+    with pytest.raises(ConfigError, match=r"holds \d+ bytes.*overwrite=True"):
         engine(make(path)).run(1)
-    assert isinstance(caught.value.__cause__, ConfigError)
     assert path.read_bytes() == before
     engine(make(path, overwrite=True)).run(3)
     assert path.read_bytes() == before

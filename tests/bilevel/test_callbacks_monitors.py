@@ -92,6 +92,18 @@ def test_failures_add_up() -> None:
     assert monitor.status_counts["inner"] == {status.value: 1 for status in statuses}
 
 
+def test_a_hypergradient_that_the_update_changes_in_place_is_remembered_as_it_was() -> None:
+    monitor, watched = HypergradientMonitor(), SimpleNamespace(step_count=0)
+    for step, gradient in enumerate([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])], start=1):
+        shown = Hypergradient(
+            {"w": gradient, "frozen": None}, {"w": gradient, "frozen": None}, SolveInfo(Status.CONVERGED)
+        )
+        monitor.on_hypergradient(watched, "outer", shown)
+        gradient.copy_(torch.tensor([0.0, 1.0]))
+        monitor.on_step_end(watched, StepResult(step, {}, {}, {}, {}, (1, 1), 0.1))
+    assert monitor.history["hypergradient/outer/cosine"][1] == pytest.approx(0.6)
+
+
 def test_a_step_that_was_undone_leaves_no_trace() -> None:
     class Fails(torch.optim.SGD):
         broken = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
-from bilevel import Callback, Engine, EngineConfig, Problem, StepResult
+from bilevel import Callback, Engine, EngineConfig, Problem, SolveInfo, Status, StepResult
 from bilevel.callbacks import RunPlot
 from bilevel.callbacks.run_drawing import draw_run
 from bilevel.errors import BilevelWarning, ConfigError
@@ -169,6 +170,17 @@ def test_failed_solves_are_crossed() -> None:
     failed = STEPS[run_of(STEPS)["failed/_hyper"] == 1]
     assert [list(line.get_xdata()) for line in crosses] == [list(failed)]
     assert [text.get_text() for text in axes.get_legend().get_texts()][:2] == [" _hyper", "failed"]
+
+
+def test_a_failed_solve_of_a_run_is_crossed(tmp_path: Path) -> None:
+    plot = RunPlot(tmp_path / "run.svg", every=0)
+    run = engine(plot)
+    result = run.step()
+    failed = dataclasses.replace(result, step=2, solves={"inner": SolveInfo(Status.DIVERGED, residual=2.0)})
+    plot.on_step_end(run, failed)
+    panel = plot.draw(run).axes[-1]
+    crosses = [line for line in panel.get_lines() if line.get_marker() == "x"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in crosses] == [([2], [2.0])]
 
 
 def test_long_labels_stay_different() -> None:
