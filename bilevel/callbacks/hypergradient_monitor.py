@@ -104,8 +104,7 @@ class HypergradientMonitor(Callback):
         self.history.load_state_dict(state["history"])
         self.status_counts = {name: dict(counts) for name, counts in state["status_counts"].items()}
         self._failures = dict(state["failures"])
-        # Cloned: in a file's buffer a tensor is aligned otherwise, and its inner products are rounded otherwise.
-        self._before = {name: [part.clone() for part in parts] for name, parts in state["before"].items()}
+        self._before = {name: list(parts) for name, parts in state["before"].items()}
         self._values, self._new = dict(state["values"]), {}
 
 

@@ -79,6 +79,7 @@ class Implicit(Estimator):
         check_choice(owner, "curvature", self.curvature, ("hessian", "gauss_newton"))
         check_choice(owner, "products", self.products, ("autodiff", "finite_difference", "field"))
         check_number(owner, "difference_step", self.difference_step, minimum=0.0, exclusive=True, auto=True)
+        object.__setattr__(self, "needs_double_backward", self.products != "finite_difference")
         object.__setattr__(self, "certificate", as_certificate(owner, self.certificate))
         if self.curvature == "gauss_newton" and self.refuses_gauss_newton:
             raise ConfigError(f"{owner}(curvature='gauss_newton'): {self.refuses_gauss_newton}")

@@ -54,6 +54,7 @@ class Stochastic(Estimator):
     def __post_init__(self) -> None:
         """Validates the shared fields; a subclass calls it."""
         owner = type(self).__name__
+        object.__setattr__(self, "needs_double_backward", self.products != "finite_difference")
         check_number(owner, "step_size", self.step_size, minimum=0.0, exclusive=True)
         check_number(owner, "damping", self.damping, minimum=0.0)
         check_choice(owner, "curvature", self.curvature, ("hessian", "gauss_newton"))

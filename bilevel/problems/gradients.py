@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.double_backward import second_derivative_errors
 from bilevel.faults import Activity, Work
 from bilevel.functional import ParameterSlots, PassCount, Reduce, dense_gradient
 from bilevel.loss_scale import LossScale
@@ -120,7 +121,7 @@ class Gradients:
         grads: Sequence[Tensor | None] = [None] * len(inputs)
         if value.requires_grad:
             scale = self._scales.get(problem.name)
-            with self.activity(Work.BACKWARD, problem.name):
+            with self.activity(Work.BACKWARD, problem.name), second_derivative_errors(f"problem {problem.name!r}"):
                 scaled = value if scale is None else scale.scaled(value)
                 grads = torch.autograd.grad(scaled, inputs, allow_unused=True)
             self.passes.backward += 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.errors import GraphError, ParameterError
+from bilevel.double_backward import refuse_obstacles, second_derivative_errors
+from bilevel.errors import GraphError, LossError, ParameterError
 from bilevel.functional import ParameterSlots, leaves
 from bilevel.problems.base import Problem
 
@@ -30,6 +31,7 @@ class Dependencies:
         outer: The problems that nothing is over.
         inner: All others, in the order in which cotangents are accumulated: each comes before the problems that it
             responds to, but for those that respond to each other.
+        first_derivatives_only: The problems whose losses cannot be differentiated twice, with the error that says so.
     """
 
     reach: Mapping[str, frozenset[str]]
@@ -37,6 +39,7 @@ class Dependencies:
     lower: Mapping[str, frozenset[str]]
     outer: tuple[str, ...]
     inner: tuple[str, ...]
+    first_derivatives_only: Mapping[str, LossError] = field(default_factory=dict)
 
     def responds_to(self, name: str) -> tuple[str, ...]:
         """Returns the problems whose parameters move the best response of an inner problem, top level first.
@@ -107,10 +110,13 @@ def discover(problems: Sequence[Problem], slots: ParameterSlots, batches: Mappin
     """
     reach: dict[str, frozenset[str]] = {}
     bypassed: dict[str, set[str]] = {}
+    once: dict[str, LossError] = {}
     for problem in problems:
-        reach[problem.name], bypassed[problem.name] = _reach(problem, problems, slots, batches[problem.name])
+        reach[problem.name], bypassed[problem.name], error = _reach(problem, problems, slots, batches[problem.name])
+        if error is not None:
+            once[problem.name] = error
     starts = {problem.name: problem.start_source for problem in problems if problem.start_source is not None}
-    dependencies = _levels([problem.name for problem in problems], reach, starts)
+    dependencies = replace(_levels([p.name for p in problems], reach, starts), first_derivatives_only=once)
     for name, direct in bypassed.items():
         wrong = direct & set(dependencies.inner)
         if wrong:
@@ -124,19 +130,24 @@ def discover(problems: Sequence[Problem], slots: ParameterSlots, batches: Mappin
 
 def _reach(
     problem: Problem, problems: Sequence[Problem], slots: ParameterSlots, batch: Any
-) -> tuple[frozenset[str], set[str]]:
-    """Returns whose parameters reach a loss, and whose do so past the modules."""
+) -> tuple[frozenset[str], set[str], LossError | None]:
+    """Returns whose parameters reach a loss, whose do so past the modules, and why it has no second derivative."""
     live = tuple(p for other in problems for p in other.parameters)
     owner = [other.name for other in problems for _ in other.parameters]
     copies = leaves(live)
-    with slots.buffers_protected(), slots.swapped(live, copies), torch.enable_grad():
+    label, error = f"problem {problem.name!r}", None
+    with slots.buffers_protected(), slots.swapped(live, copies), torch.enable_grad(), second_derivative_errors(label):
         loss, _ = problem.evaluate_loss(batch)
         found: Sequence[Tensor | None] = [None] * (2 * len(live))
         if loss.requires_grad:
+            try:
+                refuse_obstacles(loss, copies, label)
+            except LossError as refused:
+                error = refused
             found = torch.autograd.grad(loss, copies + live, allow_unused=True)
     swapped = {name for name, grad in zip(owner, found[: len(live)], strict=True) if grad is not None}
     direct = {name for name, grad in zip(owner, found[len(live) :], strict=True) if grad is not None}
-    return frozenset(swapped | direct), direct
+    return frozenset(swapped | direct), direct, error
 
 
 def _levels(names: Sequence[str], reach: Mapping[str, frozenset[str]], starts: Mapping[str, str]) -> Dependencies:

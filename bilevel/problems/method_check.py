@@ -75,6 +75,9 @@ def check_method(problem: Problem, estimator: Estimator, precision: str, depende
             that cannot be kept, or a field that speaks of the method as a function.
     """
     _check_start(problem, estimator, dependencies)
+    error = dependencies.first_derivatives_only.get(problem.name)
+    if error is not None and estimator.needs_double_backward:
+        raise error
     if not estimator.needs_trajectory:
         return
     if problem.optimizer is None:
