@@ -325,6 +325,20 @@ def test_workers_that_lived_through_epochs_and_are_lost_are_told_of(tmp_path):
     assert [plain(resumed.next()) for _ in range(6)] == [plain(stream.next()) for _ in range(6)]
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_that_live_on_are_not_taken_from_somebody_who_iterates_the_same_loader(kind):
+    made = (
+        DataLoader if kind == "DataLoader" else pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    )
+    loader = made(torch.arange(12), batch_size=3, num_workers=1, persistent_workers=True)
+    somebody = iter(loader)
+    assert next(somebody).tolist() == [0, 1, 2]
+    stream = BatchStream(loader, "p", 0)
+    assert [stream.next().tolist(), stream.next().tolist()] == [[0, 1, 2], [3, 4, 5]]
+    assert next(somebody).tolist() == [3, 4, 5]
+
+
 def test_batches_as_they_come_are_told_of():
     stream = BatchStream(DataLoader(torch.arange(9), batch_size=3, num_workers=1, in_order=False), "p", 0)
     stream.next()
