@@ -362,18 +362,22 @@ def test_where_that_warning_is_an_error_the_stream_stays_where_it_was():
 
 def test_an_iterable_data_set_that_fails_in_a_worker_is_begun_again(tmp_path):
     class Numbers(IterableDataset):
+        def __init__(self, flag: Path) -> None:
+            self.flag = flag
+
         def __iter__(self) -> Iterator[float]:
+            flag = self.flag
             for number in range(6):
-                flag = tmp_path / "raise"
                 if number == 4 and flag.exists():
                     flag.unlink()
                     raise ZeroDivisionError
                 yield number + torch.rand(()).item()
 
-    def stream() -> BatchStream:
-        return BatchStream(DataLoader(Numbers(), batch_size=1, num_workers=1), "p", 0)
+    def stream(flag: Path) -> BatchStream:
+        return BatchStream(DataLoader(Numbers(flag), batch_size=1, num_workers=1), "p", 0)
 
-    reference, failing = stream(), stream()
+    # each has a flag of its own: a worker that reads ahead would take the other's
+    reference, failing = stream(tmp_path / "never"), stream(tmp_path / "raise")
     expected = [reference.next().tolist() for _ in range(9)]
     (tmp_path / "raise").touch()
     found = [failing.next().tolist() for _ in range(4)]
