@@ -157,6 +157,16 @@ UNROLLING = {
 }
 
 
+def cases(table) -> list[object]:
+    """All of a table at all probabilities; the fast tests take its first row at all, and the others at the largest."""
+    first = next(iter(table))
+    return [
+        pytest.param(name, p, marks=() if name == first or p == PROBABILITIES[-1] else pytest.mark.slow)
+        for name in table
+        for p in PROBABILITIES
+    ]
+
+
 def check(method, p: float, device: str, expected: Tensor, rtol: float) -> None:
     made = engine_of(method, p, device)
     before = made.problems["mix"].module.weight.detach().clone()
@@ -167,22 +177,19 @@ def check(method, p: float, device: str, expected: Tensor, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("p", PROBABILITIES)
-@pytest.mark.parametrize("name", SOLVING)
+@pytest.mark.parametrize(("name", "p"), cases(SOLVING))
 def test_solves_see_the_masks_of_the_last_inner_update(name, p, device):
     check(SOLVING[name][0], p, device, ByHand(p, device).implicit(identity=False), SOLVING[name][1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("p", PROBABILITIES)
-@pytest.mark.parametrize("name", ONE_PRODUCT)
+@pytest.mark.parametrize(("name", "p"), cases(ONE_PRODUCT))
 def test_products_and_differences_see_the_masks_of_the_last_inner_update(name, p, device):
     check(ONE_PRODUCT[name][0], p, device, ByHand(p, device).implicit(identity=True), ONE_PRODUCT[name][1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("p", PROBABILITIES)
-@pytest.mark.parametrize("name", UNROLLING)
+@pytest.mark.parametrize(("name", "p"), cases(UNROLLING))
 def test_unrolling_sees_the_masks_of_every_update(name, p, device):
     check(UNROLLING[name][0], p, device, ByHand(p, device).unrolled(), UNROLLING[name][1])
 
@@ -195,16 +202,16 @@ def test_other_masks_would_be_seen_in_the_result():
     assert (reference.implicit(identity=True) - right).norm() > 0.02 * right.norm()
 
 
+ROWS = (*SOLVING.values(), *ONE_PRODUCT.values(), *UNROLLING.values())
+FAST = ("conjugate_gradient", "gmres", "identity", "finite_difference", "unrolled", "f2sa")
 EVERY = [
-    *(row[0] for row in (*SOLVING.values(), *ONE_PRODUCT.values(), *UNROLLING.values())),
-    "f2sa",
-    "pzobo",
-    "one_step",
+    pytest.param(method, id=str(method), marks=() if method["method"] in FAST else pytest.mark.slow)
+    for method in (*(row[0] for row in ROWS), *({"method": name} for name in ("f2sa", "pzobo", "one_step")))
 ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize("method", EVERY)
 def test_statistics_move_once_a_training_pass_as_by_hand(method, device):
     """Two inner updates and the outer loss; products, differences and repeated updates leave them alone, to the bit."""
     reference = ByHand(0.3, device)
@@ -227,7 +234,7 @@ def after(reference: ByHand, device: str) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize("method", EVERY)
 def test_asking_for_a_hypergradient_changes_no_buffer_generator_or_mode(method, device):
     made = engine_of(method, 0.5, device)
     torch.manual_seed(SEED)
