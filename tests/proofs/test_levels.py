@@ -18,7 +18,8 @@ from bilevel.hypergrad import available_methods
 from tests.bilevel.strategies import forall, logarithmic
 from tests.proofs.nest_engines import engine_of, hypergradient_of, values_of
 from tests.proofs.nest_methods import METHODS, NestMethod, approximate
-from tests.proofs.nests import STRUCTURES, Structure, chain, make_bent, make_quadratic
+from tests.proofs.nest_structures import STRUCTURES, Structure, chain
+from tests.proofs.nests import make_bent, make_quadratic
 
 SIZES = {"a": 2, "b": 3, "c": 2}
 EXACT = METHODS[0]

@@ -13,7 +13,8 @@ from bilevel import Engine, EngineConfig
 from tests.bilevel.strategies import forall
 from tests.proofs.nest_engines import engine_of, hypergradient_of, values_of
 from tests.proofs.nest_programs import OPTIMIZERS, PROGRAMS, Program
-from tests.proofs.nests import STRUCTURES, Nest, make_bent, make_quadratic
+from tests.proofs.nest_structures import STRUCTURES
+from tests.proofs.nests import Nest, make_bent, make_quadratic
 
 QUIET = EngineConfig(progress=False)
 STEPS = {"a": 1, "b": 2, "c": 3, "d": 2, "p": 1, "q": 1}

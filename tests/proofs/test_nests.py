@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.bilevel.strategies import forall, logarithmic
 from tests.proofs.nest_solves import by_autograd, by_differences, solve_below
-from tests.proofs.nests import STRUCTURES, Nest, Quadratic, Structure, chain, make_bent, make_quadratic
+from tests.proofs.nest_structures import STRUCTURES, Structure, chain
+from tests.proofs.nests import Nest, Quadratic, make_bent, make_quadratic
 
 # One of each kind, in the fast runs; the others are slow variants.
 FEW = ("three_levels", "only_lowest_reads_top", "two_outer_over_a_chain")

@@ -8,7 +8,8 @@ import torch
 from bilevel.errors import ConfigError, ParameterError
 from tests.proofs.nest_engines import hypergradient_of, values_of
 from tests.proofs.nest_programs import OPTIMIZERS
-from tests.proofs.nests import STRUCTURES, make_quadratic
+from tests.proofs.nest_structures import STRUCTURES
+from tests.proofs.nests import make_quadratic
 from tests.proofs.test_nest_brute_force import both, close, compare, everywhere, nest_of
 
 
