@@ -24,7 +24,7 @@ from bilevel.engine_state import resume_engine
 
 __all__ = ["Outcome", "differences", "files", "fork", "kill_and_resume"]
 
-STEPS_A_KILL = 2  # so that the run is not over before the kills are
+STEPS_A_KILL = 3  # so that the run is not over before the kills are
 PATIENCE = 120.0  # seconds that anything may take
 
 
