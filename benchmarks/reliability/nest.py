@@ -69,12 +69,12 @@ class Wired(nn.Module):
 class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fuse: Fuse, name: str) -> Tensor:
-        ctx.fuse, ctx.name = fuse, name
+        ctx.fuse, ctx.place = fuse, name
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.fuse(f"backward of {ctx.name}", grad), None, None
+        return ctx.fuse(f"backward of {ctx.place}", grad), None, None
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):

@@ -192,12 +192,12 @@ def in_hooks() -> Iterator[Scenario]:
         return Scenario(f"exception in {what}", hook, at(hook, oh), raises, match, leaves, TWO)
 
     hooks = ("decay", "oh")
-    yield scenario("on_run_start of decay", BilevelError, (*hooks, "on_run_start"), "before", "a problem's hook")
+    yield scenario("on_run_start of decay", UserError, (*hooks, "on_run_start"), "before", "a problem's hook")
     yield scenario(
         "on_step_start of decay", UserError, ("a hook of problem 'decay'", UNDONE), "before", "a problem's hook"
     )
-    yield scenario("on_step_end of decay", BilevelError, (*hooks, "on_step_end"), "after", "a problem's hook")
-    yield scenario("evaluate of decay", BilevelError, ("oh", "evaluat"), "after", "a problem's hook")
+    yield scenario("on_step_end of decay", UserError, (*hooks, "on_step_end"), "after", "a problem's hook")
+    yield scenario("evaluate of decay", UserError, ("oh", "evaluat"), "after", "a problem's hook")
     yield scenario("callback's on_run_start", BilevelError, ("Counter", "on_run_start", "oh"), "before", "a callback")
     for hook in ("on_step_end", "on_evaluate", "on_step_complete", "on_run_end"):
         yield scenario(f"callback's {hook}", BilevelError, ("Counter", hook, "oh"), "after", "a callback")
