@@ -170,7 +170,7 @@ def table(scenarios: Iterable[Scenario]) -> list[str]:
         "skipped": "as before the step",
         "other": "after the step",
     }
-    ends = {"skipped": "the data move on", "other": "with other numbers"}
+    ends = {"skipped": "the data move on", "other": "the fault leaves its mark: not compared"}
     for scenario in scenarios:
         with tempfile.TemporaryDirectory() as folder:
             seen = observe(scenario, Path(folder), references)
