@@ -1,6 +1,6 @@
 """Lets memory really end in a step, in this process: run it in one of its own.
 
-    python -m benchmarks.reliability.memory_end [--device cuda]
+    python -m benchmarks.reliability.memory_end [--device cuda:0]
 
 On the host the address space is limited (RLIMIT_AS); on a GPU its memory is filled. A batch of the second step is too
 large. Prints what happened as JSON.
@@ -46,7 +46,7 @@ class Inner(Problem):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Takes the steps and prints what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda:0")
     device = torch.device(parser.parse_args(arguments).device)
     torch.set_num_threads(1)
     torch.manual_seed(0)

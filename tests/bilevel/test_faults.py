@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.reliability import memory_end
 from benchmarks.reliability.faults import Scenario, differences, observe
 from benchmarks.reliability.nest import Fuse, build
 from benchmarks.reliability.scenarios import SCENARIOS
@@ -45,6 +46,14 @@ def test_a_fault_leaves_a_whole_state_that_can_be_saved_and_goes_on_bit_for_bit(
     notes = sys.version_info >= (3, 11)  # part of what is said is in them
     broken = [line for line in seen.broken(scenario) if notes or "is not in" not in line]
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.slow  # a process of its own
+def test_a_batch_for_which_memory_really_ends_leaves_the_step_undone():
+    found = memory_end.run()
+    assert (found["raised"], found["unchanged"], found["next_step"]) == ("OutOfMemoryError", True, 2)
+    assert "the forward pass of problem 'inner'" in found["text"]
+    assert "allocate memory" in found["text"]
 
 
 @pytest.mark.parametrize("change", [None, "parameter", "momentum", "buffer", "generator"])
