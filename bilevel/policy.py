@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from bilevel.errors import BilevelWarning, SolveError, SolveTimeoutError
 from bilevel.hypergrad import Estimator, Pullback, State, Unrolled
-from bilevel.result import SolveInfo
+from bilevel.result import SolveInfo, Status
 from bilevel.settings import EngineConfig
 
 __all__ = ["SolvePolicy"]
@@ -61,6 +61,19 @@ class SolvePolicy:
         if not info.status.failed or fallback is None:
             return pulled
         return replace(product(fallback, None), state=state or {})
+
+    def judge(self, names: str, info: SolveInfo) -> None:
+        """Hears how the system of problems that respond to each other was solved: it has no fallback.
+
+        Raises:
+            SolveError: It failed, and the configuration does not say ``"warn"``.
+        """
+        if info.status is Status.CONVERGED:
+            return
+        text = f"equilibrium of problems {names}, step {self._step()}: {info.explain()}"
+        if info.status.failed and self._config.on_solve_failure != "warn":
+            raise SolveError(text)
+        self._warn_once(names, info.status.value, text)
 
     def below(self, name: str, info: SolveInfo) -> None:
         """Hears of a solve by which the response of a problem below the present one is differentiated again."""

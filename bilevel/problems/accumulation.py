@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from bilevel.linear import gmres
 from bilevel.result import SolveInfo
-from bilevel.vector import Tensors, add, promote, subtract, zeros_like
+from bilevel.vector import Tensors, add, norm, promote, subtract, zeros_like
 
 __all__ = ["Pull", "accumulate"]
 
@@ -20,7 +19,11 @@ BLOCK_RTOL = 1e-8
 
 
 def accumulate(
-    blocks: Sequence[Sequence[str]], cotangents: dict[str, Tensors], reached: set[str], pull: Pull
+    blocks: Sequence[Sequence[str]],
+    cotangents: dict[str, Tensors],
+    reached: set[str],
+    pull: Pull,
+    judge: Callable[[str, SolveInfo], None],
 ) -> dict[str, SolveInfo]:
     """Adds to every cotangent what comes through the problems in ``blocks``, one product a problem.
 
@@ -35,6 +38,7 @@ def accumulate(
         cotangents: By problem, those in ``blocks`` and those above; changed.
         reached: The problems whose cotangent may not vanish; changed. Others are passed over.
         pull: The product.
+        judge: Told how the system of a block was solved, with the members' names; raises where that is not good enough.
 
     Returns:
         Reports of the blocks' systems, by the members' names.
@@ -44,7 +48,10 @@ def accumulate(
         if not reached.intersection(block):
             continue
         if len(block) > 1:
-            solved, infos[", ".join(block)] = _together(block, cotangents, pull)
+            solved, info = _together(block, cotangents, pull)
+            together = " and ".join(block)
+            judge(together, info)
+            infos[together] = info
             cotangents.update(solved)
         for name in block:
             for other, part in pull(name, cotangents[name], True).items():
@@ -76,9 +83,11 @@ def _together(
 
     v = promote(tuple(part for name in block for part in cotangents[name]))
     solution = gmres(coupled, v, max_iterations=BLOCK_ITERATIONS, rtol=BLOCK_RTOL)
+    size = float(norm(v))
+    residual = float(norm(subtract(coupled(solution.q), v))) / size if size > 0.0 else 0.0
     info = SolveInfo(
         solution.status,
-        residual=math.nan,
+        residual=residual,
         iterations=solution.iterations,
         method="gmres",
         message="; ".join(part for part in (solution.message, "problems that respond to each other") if part),

@@ -41,6 +41,9 @@ class Policy(Protocol):
     ) -> Pullback:
         """Takes a product through a problem by ``product(method, state)``, or otherwise where that fails."""
 
+    def judge(self, names: str, info: SolveInfo) -> None:
+        """Hears how the system of problems that respond to each other was solved; raises where that is not enough."""
+
     def below(self, name: str, info: SolveInfo) -> None:
         """Hears of a solve by which the response of a problem below the present one is differentiated again."""
 
@@ -117,7 +120,9 @@ class Differentiator:
             parts: dict[str, Tensors] = self.gradients.split(pulled.value, given)
             return parts
 
-        solves.update(accumulate([block for block in blocks if block], cotangents, set(taken.reached), pull))
+        solves.update(
+            accumulate([block for block in blocks if block], cotangents, set(taken.reached), pull, self.policy.judge)
+        )
         return LossGradient(
             taken.value,
             taken.metrics,

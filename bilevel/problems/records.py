@@ -76,6 +76,9 @@ class InnerRecord:
 
     def release_graphs(self) -> None:
         """Frees what was kept for the present outer parameters; from here on updates are evaluated again."""
+        for step in self.trajectory:
+            for settled in step.below.values():
+                settled.record.release_graphs()
         self.trajectory = [replace(step, graph=None, outer_gradient={}) for step in self.trajectory]
 
 

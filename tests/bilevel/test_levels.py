@@ -409,10 +409,7 @@ def test_records_of_all_levels_are_let_go(method: Any) -> None:
     assert counts[0] == counts[1]
 
 
-UNRELEASED = pytest.mark.xfail(strict=True, reason="records inside a middle level's updates keep their graphs")
-
-
-@pytest.mark.parametrize("middle", ["exact", pytest.param("unrolled", marks=UNRELEASED)])
+@pytest.mark.parametrize("middle", ["exact", "unrolled"])
 def test_a_step_leaves_no_graph_behind(middle: str) -> None:
     """Not even where the lowest level keeps the graphs of its updates until those above are made."""
     weights = {"hypergradient": {"method": "unrolled", "memory": "graph"}}
@@ -493,7 +490,6 @@ class Wanted(Problem):
         return (self.b1.module[0] + self.b2.module[0] - 3.0).square().sum() / 2 + self.module[0].square().sum()
 
 
-@pytest.mark.xfail(strict=True, reason="the solve for problems that respond to each other is under no policy yet")
 def test_an_equilibrium_that_does_not_exist_is_a_failed_solve() -> None:
     still = lambda params: torch.optim.SGD(params, lr=0.0)  # noqa: E731
     kinds = {"a": Wanted, "b1": Pulled, "b2": Pulled, "c": Sum}
