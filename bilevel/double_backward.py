@@ -72,12 +72,13 @@ def obstacles(value: Tensor, inputs: Sequence[Tensor]) -> list[Obstacle]:
     found: dict[str, Obstacle] = {}
     wanted = {id(part) for part in inputs}
     for node in _reachable(value.grad_fn):
-        known = _OBSTACLES.get(node.name())
+        name = type(node).name(node)  # a custom function's context is its node, and may have any attribute
+        known = _OBSTACLES.get(name)
         if known is None and _is_once_differentiable(node):
             function = type(node).__name__.removesuffix("Backward")
             known = (f"the custom function {function}, which is marked once_differentiable", _DROP_MARK)
-        if known is not None and node.name() not in found and _leads_to(node, wanted):
-            found[node.name()] = Obstacle(node.name(), *known)
+        if known is not None and name not in found and _leads_to(node, wanted):
+            found[name] = Obstacle(name, *known)
     return sorted(found.values(), key=lambda obstacle: obstacle.node)
 
 

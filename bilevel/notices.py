@@ -23,7 +23,7 @@ class Notices:
 
     Raises:
         BilevelError: On leaving, where a callback failed; it names the callback and the hook. An error that has a type
-            of this library keeps it, as does everything that a problem's hooks raise: these get a note.
+            of this library keeps it; so does everything that a problem's hooks raise, which gets a note.
 
     Example:
         >>> heard = []
@@ -46,7 +46,9 @@ class Notices:
         try:
             function()
         except BilevelError as error:
-            self._keep(f"callback {name}", hook, error)
+            text = f"callback {name} failed in {hook}, {self._when}: {error}"
+            error.args = (text, *error.args[1:])
+            self._failed.append((text, error))
         except Exception as error:
             shown = BilevelError(f"callback {name} failed in {hook}, {self._when}: {error!r}")
             shown.__cause__ = error
@@ -57,12 +59,9 @@ class Notices:
         try:
             function()
         except Exception as error:
-            self._keep(f"problem {name!r}", hook, error)
-
-    def _keep(self, who: str, hook: str, error: Exception) -> None:
-        text = f"{who} failed in {hook}, {self._when}"
-        _add_note(error, text)
-        self._failed.append((f"{text}: {error!r}", error))
+            text = f"problem {name!r} failed in {hook}, {self._when}"
+            _add_note(error, text)
+            self._failed.append((f"{text}: {error!r}", error))
 
     def __enter__(self) -> Notices:
         """Starts collecting."""

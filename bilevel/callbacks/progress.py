@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.callbacks.base import Callback
+from bilevel.callbacks.notebook_display import NotebookDisplay
 
 if TYPE_CHECKING:
     from bilevel.engine import Engine
@@ -39,7 +40,7 @@ class Progress(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._live: Live | None = None
+        self._live: Live | NotebookDisplay | None = None
         self._total = 0
         self._done = 0
         self._printed = 0
@@ -53,9 +54,12 @@ class Progress(Callback):
         self._total, self._last = steps, None
         self._done = self._printed = self._skipped = 0
         self._started = self._refreshed = time.monotonic()
-        if self._console.is_terminal or self._console.is_jupyter:
+        if self._console.is_jupyter:
+            self._live = NotebookDisplay(lambda: self._display(engine))
+        elif self._console.is_terminal:
             # Drawn between steps, by no thread of its own: data loaders fork.
             self._live = Live(console=self._console, auto_refresh=False, get_renderable=lambda: self._display(engine))
+        if self._live is not None:
             self._live.start(refresh=True)
 
     def on_step_end(self, engine: Engine, result: StepResult) -> None:

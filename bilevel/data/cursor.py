@@ -12,6 +12,7 @@ from typing import Any
 from bilevel.data.position import Anchor, Position
 from bilevel.data.source import Source
 from bilevel.errors import BilevelWarning, DataError
+from bilevel.interrupt import signals_kept_from_children
 
 __all__ = ["Cursor"]
 
@@ -123,7 +124,8 @@ class Cursor:
 
     def _begin(self, at: Position, anchor: Anchor | None) -> None:
         self._generators = at.start.copy()
-        with self._faults(f"epoch {at.epoch + 1} could not be begun"):
+        # Workers that end of Ctrl-C would leave the step that is to be finished without batches.
+        with self._faults(f"epoch {at.epoch + 1} could not be begun"), signals_kept_from_children():
             state = None if anchor is None else anchor.loader
             self._iterator = self._source.begin(at.epoch, self._generators, state)
         if anchor is not None:

@@ -294,3 +294,35 @@ def test_children_started_meanwhile_do_not_hear_ctrl_c_and_the_parent_does():
     child.terminate()
     assert child.wait(10) == -signal.SIGTERM
     child.stdout.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups")
+def test_ctrl_c_reaches_no_worker_and_the_step_is_finished(tmp_path):
+    """Ctrl-C in a terminal is sent to every process of its group, the loaders' workers among them."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, torch\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "from bilevel import Engine, EngineConfig, Problem\n"
+        "class Outer(Problem):\n"
+        "    def loss(self, batch):\n"
+        "        if self.inner.num_updates == 9:\n"
+        "            os.killpg(os.getpgrp(), signal.SIGINT)\n"
+        "        return (self.inner.module.weight - 1.0).square().sum()\n"
+        "class Inner(Problem):\n"
+        "    def loss(self, batch):\n"
+        "        return (self(batch[0]) - self.outer(batch[0])).square().mean()\n"
+        "sgd = lambda params: torch.optim.SGD(params, lr=0.1)\n"
+        "data = DataLoader(TensorDataset(torch.ones(40, 2)), batch_size=1, num_workers=1)\n"
+        "outer, inner = (torch.nn.Linear(2, 1, bias=False) for _ in range(2))\n"
+        "problems = [Outer(outer, optimizer=sgd), Inner(inner, optimizer=sgd, data=data, steps=3)]\n"
+        "engine = Engine(problems, EngineConfig(progress=False), 'identity')\n"
+        "engine.run(20)\n"
+        "print(engine.step_count, engine.stop_reason)\n"
+        "engine.run(2)\n"
+        "print(engine.step_count)\n"
+    )
+    command = [sys.executable, str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["3 interrupted by SIGINT", "5"]
