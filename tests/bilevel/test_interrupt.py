@@ -32,8 +32,10 @@ def boom(number: int, _: object) -> None:
 def handlers():
     """Python's defaults before, and the handlers as they were after."""
     before = {number: signal.getsignal(number) for number in HANDLED}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -181,7 +183,7 @@ def test_two_signals_at_one_instant_do_not_leave_the_shield_open():
                 with shield.opened():
                     signal.pthread_sigmask(signal.SIG_BLOCK, both)
                     for number in both:
-                        os.kill(os.getpid(), number)
+                        signal.pthread_kill(threading.get_ident(), number)  # not to a thread that does not block it
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
             except BaseException:
                 events.append("undoing")
