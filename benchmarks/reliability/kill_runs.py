@@ -25,6 +25,7 @@ from bilevel.engine_state import resume_engine
 __all__ = ["Outcome", "differences", "files", "fork", "kill_and_resume"]
 
 STEPS_A_KILL = 3  # so that the run is not over before the kills are
+NEAR_THE_END = 12
 PATIENCE = 120.0  # seconds that anything may take
 
 
@@ -149,7 +150,9 @@ def kill_and_resume(case: Case, kills: int, seed: int, folder: Path) -> Outcome:
     while process.code == 0 and outcome.kills < kills:
         process = Process(case, killed, outcome.steps)
         left.append(process)
-        if not _strike(process, generator, killed / CHECKPOINTS, start_up, step):
+        newest = max((entry.step for entry in entries(killed / CHECKPOINTS)), default=0)
+        over = newest > outcome.steps - NEAR_THE_END
+        if not _strike(process, generator, killed / CHECKPOINTS, start_up, step, over=over):
             break
         outcome.kills += 1
         outcome.starting += process.steps == 0
@@ -168,8 +171,16 @@ def kill_and_resume(case: Case, kills: int, seed: int, folder: Path) -> Outcome:
     return outcome
 
 
-def _strike(process: Process, generator: random.Random, folder: Path, start_up: float, step: float) -> bool:
-    """Waits for a random instant and kills; False where the process ended before it."""
+def _strike(
+    process: Process, generator: random.Random, folder: Path, start_up: float, step: float, *, over: bool
+) -> bool:
+    """Waits for a random instant and kills; False where the process ended before it.
+
+    Where the run is nearly ``over``, it is killed while it starts: it would be over before the kills are.
+    """
+    if over:
+        time.sleep(generator.uniform(0.0, 0.5 * start_up))
+        return process.kill()
     kind = generator.choice(["start", "steps", "steps", "writing", "writing"])
     if kind == "start":
         time.sleep(generator.uniform(0.0, 1.2 * start_up))
