@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from bilevel.data import BatchStream
 from bilevel.functional import PassCount
 from bilevel.loss_scale import LossScale
+from bilevel.optimizer_state import Kept
 from bilevel.problems import Problem
 from bilevel.randomness import States, capture, restore
-from bilevel.step_state import Kept
 
 __all__ = ["Snapshot"]
 

@@ -17,7 +17,7 @@ from bilevel.faults import ModesKept
 from bilevel.functional import loss_and_outputs
 from bilevel.hooks import check_hooks
 from bilevel.hypergrad import Estimator, as_estimator
-from bilevel.stepping import Scheduler, Stepper
+from bilevel.stepper import Scheduler, Stepper
 from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from bilevel import Engine, EngineConfig, Problem
 from bilevel.errors import ConfigError, ParameterError
-from bilevel.stepping import Stepper
+from bilevel.stepper import Stepper
 
 QUIET = EngineConfig(progress=False)
 REFUSED = {torch.optim.LBFGS: "evaluates the loss by itself", torch.optim.SparseAdam: "sparse gradients"}

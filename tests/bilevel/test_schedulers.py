@@ -15,8 +15,8 @@ from torch.optim.swa_utils import SWALR
 from bilevel import Engine, EngineConfig
 from bilevel.checkpoint import read_state, write_state
 from bilevel.errors import BilevelError, ConfigError, NonFiniteError, UnknownNameError
-from bilevel.step_state import Kept, load_scheduler_state, scheduler_state
-from bilevel.stepping import Stepper
+from bilevel.optimizer_state import Kept, load_scheduler_state, scheduler_state
+from bilevel.stepper import Stepper
 from tests.bilevel.test_optimizers import QUIET, Decay, Network, batches, grouped, inner_loss, network
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from bilevel.stepping import Scheduler
+    from bilevel.stepper import Scheduler
 
 __all__ = ["Kept", "load_scheduler_state", "scheduler_state"]
 
