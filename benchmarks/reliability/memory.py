@@ -1,6 +1,6 @@
 """Memory does not grow: thousands of outer steps of every method, with what long runs do beside them.
 
-    python -m benchmarks.reliability.memory [--steps 2000] [--only TEXT] [--output FILE.json]
+    python -m benchmarks.reliability.memory [--steps 2000] [--only TEXT] [--jobs 1] [--output FILE.json]
 
 Each case takes a tenth of the steps to warm up, and then the steps, with the cyclic garbage collector off but for
 readings. At every reading the live tensors, their bytes and the nodes of autograd's graphs must be what they were at
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,20 +76,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--only", default="", help="cases whose names hold this text")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each in a process of its own")
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     options = parser.parse_args(arguments)
     chosen = [case for case in CASES if options.only in case.name]
     if not chosen:
         parser.error(f"no case's name holds {options.only!r}: they are {', '.join(case.name for case in CASES)}")
-    torch.set_num_threads(1)
     print(HEAD, flush=True)
     rows = []
-    for case in (CONTROL, *chosen):
-        rows.append(measure(case, options.steps))
-        print(line(rows[-1]), flush=True)
+    for row in _measured([CONTROL.name, *(case.name for case in chosen)], options.steps, options.jobs):
+        rows.append(row)
+        print(line(row), flush=True)
         if options.output is not None:
             options.output.write_text(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False) + "\n")
     return int(any(row.verdict.faults for row in rows))
+
+
+def _measured(names: Sequence[str], steps: int, jobs: int) -> Iterator[Row]:
+    take = partial(_measure_named, steps=steps)
+    if jobs == 1:
+        yield from map(take, names)
+        return
+    # One case a process: its resident memory is its own.
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        yield from pool.imap(take, names)
+
+
+def _measure_named(name: str, steps: int) -> Row:
+    torch.set_num_threads(1)
+    return measure(next(case for case in (CONTROL, *CASES) if case.name == name), steps)
 
 
 def line(row: Row) -> str:
