@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -97,9 +99,10 @@ def _measured(names: Sequence[str], steps: int, jobs: int) -> Iterator[Row]:
     if jobs == 1:
         yield from map(take, names)
         return
-    # One case a process: its resident memory is its own.
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        yield from pool.imap(take, names)
+    # One case a process: its resident memory is its own. (Python 3.10 knows no such limit.)
+    limit = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), **limit) as pool:
+        yield from pool.map(take, names)
 
 
 def _measure_named(name: str, steps: int) -> Row:
