@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
-from bilevel import Engine, EngineConfig, FiniteDifference, Identity
+from bilevel import Engine, EngineConfig, FiniteDifference, Identity, Problem
 from tests.bilevel.test_every_method import METHODS, check_resuming, engine
 
 pytestmark = [
@@ -44,6 +45,47 @@ def test_every_method_gives_on_the_gpu_what_it_gives_on_the_cpu(method):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_asking_and_resuming_change_nothing_on_the_gpu(method, tmp_path):
     check_resuming(method, tmp_path, "cuda")
+
+
+def three_levels(device: str) -> Engine:
+    """Quartic losses: the middle level's response has third derivatives of the lowest one's in it."""
+
+    def level(kind: type[Problem], seed: int, **settings: Any) -> Problem:
+        torch.manual_seed(seed)
+        module = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64).to(device)
+        return kind(module, optimizer=lambda params: torch.optim.SGD(params, lr=0.05), **settings)
+
+    return Engine(
+        [level(Top, 0, name="top"), level(Middle, 1, name="middle", steps=3), level(Lowest, 2, name="lowest", steps=3)],
+        EngineConfig(progress=False),
+        hypergradient="conjugate_gradient",
+    )
+
+
+class Top(Problem):
+    def loss(self, batch):
+        return (self.middle.module.weight - self.lowest.module.weight).square().sum()
+
+
+class Middle(Problem):
+    def loss(self, batch):
+        w = self.module.weight
+        return (w - self.top.module.weight).square().sum() + (w * self.lowest.module.weight).sum().square()
+
+
+class Lowest(Problem):
+    def loss(self, batch):
+        w = self.module.weight
+        return (w - self.middle.module.weight).square().sum() + 0.1 * w.pow(4).sum()
+
+
+def test_three_levels_on_the_gpu_are_those_on_the_cpu():
+    ends = []
+    for device in ("cpu", "cuda"):
+        made = three_levels(device)
+        made.run(5)
+        ends.append([p.detach().cpu() for problem in made.problems.values() for p in problem.parameters])
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-12)
 
 
 def test_bfloat16_training_passes_and_float32_products_on_the_gpu():

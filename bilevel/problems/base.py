@@ -178,6 +178,8 @@ class Problem(ABC):
         siblings: Mapping[str, Problem] = self.__dict__.get("_siblings", {})
         if name in siblings:
             return siblings[name]
+        if hasattr(type(self), name):  # a property that raised AttributeError: once more, for its own error
+            return object.__getattribute__(self, name)
         known = ", ".join(siblings) or "none: the problem is in no engine yet"
         raise AttributeError(
             f"{type(self).__name__!r} has no attribute {name!r} and no problem has this name (problems: {known})"

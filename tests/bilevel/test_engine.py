@@ -603,3 +603,16 @@ def test_everything_raised_on_purpose_is_a_bilevel_error():
         UnknownNameError,
     ):
         assert issubclass(error, BilevelError)
+
+
+def test_a_property_s_own_attribute_error_is_not_taken_for_a_problem_s_name():
+    class Broken(Decay):
+        @property
+        def scaled(self):
+            return self.module.no_such_thing
+
+    broken = Broken(nn.ParameterList([torch.tensor(0.0)]), optimizer=sgd(0.1), name="broken")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = broken.scaled
+    with pytest.raises(AttributeError, match="no problem has this name"):
+        _ = broken.sclaed

@@ -64,6 +64,8 @@ def check_resuming(method, folder: Path, device: str) -> None:
     torch.manual_seed(99)
     second = engine(method, device=device)
     second.load(folder / "state")
+    second.save(folder / "again")  # every tensor is back, on the device where it was
+    assert (folder / "again").read_bytes() == (folder / "state").read_bytes()
     assert [second.step().losses for _ in range(2)] == losses[2:]
 
 
