@@ -144,9 +144,10 @@ class Engine:
             Losses, norms, reports and passes of the step.
 
         Raises:
-            NonFiniteError: A loss or gradient is NaN or infinite (unless such steps are skipped). No parameter has
-                changed.
-            SolveError: A solve failed and ``on_solve_failure`` is ``"raise"``. No parameter has changed.
+            NonFiniteError: A loss or gradient is NaN or infinite (unless such steps are skipped).
+            SolveError: A solve failed and ``on_solve_failure`` is ``"raise"``.
+
+            Whatever is raised within the step, no parameter has changed (but with ``restore_on_error=False``).
         """
         started, before = time.perf_counter(), self.passes.copy()
         feed = Feed(self.streams, batches)
@@ -222,36 +223,39 @@ class Engine:
         return result
 
     def hypergradient(self, problem: str | None = None, batches: Mapping[str, Any] | None = None) -> Hypergradient:
-        """Returns the current hypergradient of an outer problem, and changes nothing.
+        """Returns the current hypergradient of a problem, and changes nothing.
 
-        Losses are taken on the batches that come next; the inner loss on that of the last inner update, if there was
-        one.
+        Losses are taken on the batch that comes next, one of each problem; the inner loss on that of the last inner
+        update, if there was one.
 
         Args:
-            problem: Name of the outer problem; may be left out where there is one.
+            problem: Name of a problem with others below it; may be left out where one is outer.
             batches: As for :meth:`step`.
 
         Returns:
             The hypergradient; ``.grad`` and ``.direct`` are mappings from the problem's parameter names.
 
         Raises:
-            UnknownNameError: No outer problem has this name.
-            ConfigError: A method that differentiates inner updates, before there were any.
+            UnknownNameError: No problem with others below it has this name.
+            ConfigError: A method that differentiates inner updates, where none are recorded.
         """
         feed = Feed(self.streams, batches)
         differentiator, _ = self._planned(feed)
         name, passes = self._outer_name(problem), self.passes.copy()
-        for inner, estimator in self.estimators.items():
-            if estimator.needs_trajectory and inner not in self._records:
-                raise ConfigError(
-                    f"method {estimator.name!r} differentiates the updates of problem {inner!r}, which has made none "
-                    "since the engine was made or loaded: take a step first"
-                )
+        self._check_recorded(name)
+        scale = self.scales.get(name)
+        kept = None if scale is None else scale.state_dict()
         with self._unchanged():
             records, active = self._present_records(feed), self._active()
-            result = differentiator.total(
-                self.problems[name], [feed.peek(name)], records, self.estimator_states, active
+            take = partial(
+                differentiator.total, self.problems[name], [feed.peek(name)], records, self.estimator_states, active
             )
+            result = take()
+            while result.overflow and scale is not None:
+                scale.update(overflow=True)
+                result = take()
+        if scale is not None and kept is not None:
+            scale.load_state_dict(kept)
         self.passes.forward, self.passes.backward = passes.forward, passes.backward
         return _hypergradient(self.problems[name], result)
 
@@ -361,6 +365,15 @@ class Engine:
         shown = _hypergradient(problem, result)
         with Notices(f"in step {self.step_count + 1}") as notices:
             self._tell(notices, "on_hypergradient", problem.name, shown)
+
+    def _check_recorded(self, name: str) -> None:
+        for inner in sorted(self.dependencies.lower[name] & self._active()):
+            record, estimator = self._records.get(inner), self.estimators[inner]
+            if estimator.needs_trajectory and not (record and record.trajectory):
+                raise ConfigError(
+                    f"method {estimator.name!r} differentiates updates of problem {inner!r}, and none are recorded: "
+                    "it made none since the engine was made or loaded, or by another method: take a step first"
+                )
 
     def _present_records(self, feed: Feed) -> dict[str, InnerRecord]:
         """Returns what is kept of the inner problems' updates, and the next batch where there were none."""

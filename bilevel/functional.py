@@ -168,6 +168,17 @@ class ParameterSlots:
                 if parameter is not None:
                     self._parameters.setdefault(id(parameter), []).append((part, name))
         self._with_buffers = tuple(part for part in unique if part._buffers)
+        self.evaluating = 0
+        """How many evaluations of losses are going on."""
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Counts an evaluation for as long as its body runs."""
+        self.evaluating += 1
+        try:
+            yield
+        finally:
+            self.evaluating -= 1
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether some module holds this parameter."""
@@ -304,7 +315,7 @@ class ModuleObjective(Objective):
     ) -> None:
         super().__init__(name, replay, passes, reduce)
         self._buffers = buffers
-        self._loss = loss
+        self._plain_loss = loss
         self._slots = slots
         self._live_inner = live_inner
         self._live_outer = live_outer
@@ -316,6 +327,10 @@ class ModuleObjective(Objective):
             self._slots.swapped(self._live_inner + self._live_outer, inner + outer),
         ):
             return body(Evaluate(lambda: self._evaluate(self._loss)))
+
+    def _loss(self) -> object:
+        with self._slots.evaluation():
+            return self._plain_loss()
 
 
 def gradient(

@@ -127,7 +127,8 @@ class StepResult:
         losses: Last loss of every problem in this step, by problem name.
         metrics: Further values that a problem's loss returned, as ``"problem/metric"``.
         gradient_norms: Norm of the (hyper)gradient with which every problem was updated last.
-        solves: Report of every best-response product, by the name of the inner problem.
+        solves: Report of the last best-response product through each inner problem, by its name (of one that failed
+            rather than of a later one). Problems that respond to each other have one more, ``"b1 and b2"``.
         passes: Forward and backward passes of this step, Hessian and mixed products counted as backward passes.
         seconds: Wall time.
         overflows: How many updates of a problem were left out since their gradients overflowed in float16, by problem.

@@ -27,7 +27,7 @@ class EngineConfig:
             diverges or meets negative curvature.
         fallback: The method for ``on_solve_failure="fallback"``: an estimator, its name, or a mapping.
         on_non_finite: ``"raise"``, or ``"skip"`` the step and count it, where a loss or gradient is NaN or infinite.
-            No parameter changes either way.
+            No parameter changes either way, unless ``restore_on_error`` is off, which goes with ``"raise"`` only.
         precision: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` to run the training passes under autocast, the
             latter with losses scaled (one scale a problem; an update whose gradients overflow is left out and counted);
             hypergradient products stay in float32.
@@ -36,8 +36,10 @@ class EngineConfig:
         evaluate_every: Call the problems' ``evaluate()`` after every so many steps; 0 for never.
         progress: Whether ``run()`` shows a progress bar.
         nested_solver: The method by which the response of a problem below a middle level is differentiated again, where
-            the problem's own method cannot be: ``Unrolled`` repeats its updates and ``exact``, ``conjugate_gradient``,
-            ``minres``, ``gmres``, ``neumann`` solve again by themselves.
+            the problem's own method cannot be. Methods that follow the updates (``unrolled``, ``one_step``, ``pzobo``,
+            ``sama``) repeat them; ``identity``, ``neumann``, ``conjugate_gradient``, ``minres``, ``gmres``, ``nystrom``
+            and ``exact`` solve again by themselves, unless they continue from a state. Where it steps in, or a method
+            has a state, repeated updates of the middle level are those that were made up to the methods' errors.
         solve_timeout: Seconds that one best-response product may take; checked after every gradient and product. A late
             one is given to ``fallback`` where there is one, and is an error otherwise. None for no limit.
         stop_signals: Names of the signals on which ``run()`` ends after the present step; a second one undoes the step
@@ -82,6 +84,11 @@ class EngineConfig:
         check_choice("EngineConfig", "hypergradient_batch", self.hypergradient_batch, ("last", "fresh"))
         check_choice("EngineConfig", "on_solve_failure", self.on_solve_failure, ("warn", "raise", "fallback"))
         check_choice("EngineConfig", "on_non_finite", self.on_non_finite, ("raise", "skip"))
+        if self.on_non_finite == "skip" and not self.restore_on_error:
+            raise ConfigError(
+                "EngineConfig(on_non_finite='skip') goes back to the state before the step, which "
+                "restore_on_error=False does not keep: leave one of them out"
+            )
         check_choice("EngineConfig", "precision", self.precision, ("float32", "bfloat16", "float16"))
         if self.num_hypergradient_batches > 1 and self.hypergradient_batch == "last":
             raise ConfigError(

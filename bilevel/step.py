@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from bilevel.problems.differentiate import Differentiator
 from bilevel.problems.recording import Recorder
 from bilevel.problems.records import InnerRecord, LossGradient, RecordedUpdate
 from bilevel.problems.schedule import Round
-from bilevel.randomness import capture
+from bilevel.randomness import Replay, capture
 from bilevel.result import SolveInfo
 from bilevel.settings import EngineConfig
 from bilevel.vector import norm
@@ -105,17 +105,20 @@ class Step:
             self._update([name for name in one.members if turn < turns[name] and name in self.active], turn, turns)
 
     def _turns(self, problem: Problem) -> int:
-        if problem.name in self._dependencies.outer:
+        if problem.name in self._dependencies.outer or problem.name not in self.active:
             return 1
-        warm = problem.num_updates > 0 or problem.name not in self.active
-        return problem.steps + (0 if warm else problem.warmup_steps)
+        return problem.steps + (0 if problem.num_updates > 0 else problem.warmup_steps)
 
     def _update(self, names: Sequence[str], turn: int, turns: Mapping[str, int]) -> None:
         """Updates problems of one round, after the gradients of all of them were taken."""
         self._draw_for_products(names)
-        taken = [(self._problems[name], self._gradient(self._problems[name], turn, turns[name])) for name in names]
+        taken = [
+            (self._problems[name], self._gradient(self._problems[name], turn, turns[name]))
+            for name in names
+            if not self._waits(name)
+        ]
         for problem, result in taken:
-            self.report.solves.update(result.solves)
+            self._report_solves(result.solves)
             self._check_and_update(problem, result)
             self.states.setdefault(problem.name, {}).update(result.states)
 
@@ -128,10 +131,12 @@ class Step:
             record = self.records[name]
             if self.config.hypergradient_batch == "fresh":
                 fresh = [self._next(name) for _ in range(self.config.num_hypergradient_batches)]
-                record = self.records[name] = InnerRecord(fresh, trajectory=record.trajectory)
+                # One replay: all that is taken on this record sees the same masks.
+                replay = Replay(self.differentiator.gradients.devices)
+                record = self.records[name] = InnerRecord(fresh, replay, record.trajectory)
             wanted = self.differentiator.estimators[name].num_samples
             if wanted > 1:
-                record.samples = [self._next(name) for _ in range(wanted)]
+                self.records[name] = replace(record, samples=[self._next(name) for _ in range(wanted)])
 
     def _gradient(self, problem: Problem, turn: int, turns: int) -> LossGradient:
         batches = [self._next(problem.name) for _ in range(problem.accumulate)]
@@ -161,7 +166,7 @@ class Step:
                 self.states,
                 self._responding(),
                 trajectory[-1] if trajectory else None,
-                first=turn == first,
+                first=not trajectory and recorded_from == first,
                 last=last,
             )
             if not result.overflow:
@@ -199,6 +204,26 @@ class Step:
             self.report.losses[problem.name] = value
         return result.overflow
 
+    def _waits(self, name: str) -> bool:
+        """Leaves the update of an outer problem out where it would not see its own parameters.
+
+        That is where a problem below has started from them, and all updates of that one overflowed.
+        """
+        if name not in self._dependencies.outer:
+            return False
+        still = (self.active & self._dependencies.lower[name]) - self._responding()
+        if not any(self._problems[other].start_source is not None for other in still):
+            return False
+        self.report.overflows[name] = self.report.overflows.get(name, 0) + 1
+        return True
+
+    def _report_solves(self, solves: Mapping[str, SolveInfo]) -> None:
+        """Keeps the last report of every problem, and one that failed rather than a later one that did not."""
+        for name, info in solves.items():
+            before = self.report.solves.get(name)
+            if before is None or info.status.failed or not before.status.failed:
+                self.report.solves[name] = info
+
     def _responding(self) -> frozenset[str]:
         """Returns the active problems, less those whose method follows updates where all of them were left out."""
         estimators = self.differentiator.estimators
@@ -215,8 +240,9 @@ class Step:
         return [name for name in names if name in self.active and name not in self._dependencies.outer]
 
     def _refusal(self, problem: Problem, text: str) -> NonFiniteStepError:
+        undone = "No parameter was changed. " if self.config.restore_on_error else ""
         return NonFiniteStepError(
-            f"step {self.number + 1}: {text}{self.place(problem.name)}. No parameter was changed. "
+            f"step {self.number + 1}: {text}{self.place(problem.name)}. {undone}"
             "Look at that batch and the learning rates, or set EngineConfig(on_non_finite='skip').",
             problem.name,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import re
 from abc import ABC, abstractmethod
@@ -134,6 +135,8 @@ class Problem(ABC):
         self.parameters: Tensors = tuple(named.values())
         self.stepper = _stepper(self.name, made, named, scheduler, scheduler_metric, max_grad_norm)
         self._devices = tuple(sorted({"cpu", *(p.device.type for p in self.parameters)}))
+        # Some optimisers make their state when they are made.
+        self._initial_slots = {} if self.optimizer is None or reset is None else self._copied(self.optimizer.state)
         self.initial: Tensors | None = None
         if reset == "initial":
             self.initial = tuple(p.detach().clone() for p in self.parameters)
@@ -243,6 +246,11 @@ class Problem(ABC):
                 parameter.copy_(value)
         if self.optimizer is not None:
             self.optimizer.state.clear()
+            self.optimizer.state.update(self._copied(self._initial_slots))
+
+    def _copied(self, slots: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Copies what an optimiser holds, less its parameters."""
+        return copy.deepcopy(dict(slots), {id(p): p for p in self.parameters})
 
     def evaluate_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Returns the checked scalar loss and the other metrics."""

@@ -155,6 +155,7 @@ class Differentiator:
         record: InnerRecord,
         records: Mapping[str, InnerRecord],
         active: frozenset[str],
+        values: Mapping[str, Tensors] | None = None,
     ) -> InnerProblem:
         """Returns an inner problem as estimators see it.
 
@@ -164,11 +165,13 @@ class Differentiator:
             record: What to take its loss on.
             records: What to take the losses below it on.
             active: The problems that respond; others are constants.
+            values: Where problems stood when the record was made; where they stand now by default.
         """
         problem = self.gradients.problems[name]
         outer = self._parameters(given)
+        here = {other: each.parameters for other, each in self.gradients.problems.items()} | dict(values or {})
         below = {
-            other: Settled(records[other], self.gradients.problems[other].parameters)
+            other: Settled(records[other], here[other])
             for block in self.dependencies.below(name)
             for other in block
             if other in active and other in records
@@ -176,12 +179,12 @@ class Differentiator:
 
         def objective(
             batches: Sequence[Any],
-            generators: States | None,
+            generators: States | Replay | None,
             buffers: BufferValues | None = None,
-            inner: Tensors = problem.parameters,
+            inner: Tensors = here[name],
             settled: Mapping[str, Settled] = below,
         ) -> ModuleObjective:
-            return self._objective(problem, given, batches, generators, buffers, inner, settled)
+            return self._objective(problem, given, batches, generators, buffers, here | {name: inner}, settled)
 
         def recorded(step: RecordedUpdate) -> InnerStep:
             above = [step.outer_gradient.get(other) for other in given]
@@ -208,9 +211,9 @@ class Differentiator:
         problem: Problem,
         given: Sequence[str],
         batches: Sequence[Any],
-        generators: States | None,
+        generators: States | Replay | None,
         buffers: BufferValues | None,
-        inner: Tensors,
+        here: Mapping[str, Tensors],
         settled: Mapping[str, Settled],
     ) -> ModuleObjective:
         """Returns a problem's total loss as a function of its own parameters and of those in ``given``."""
@@ -222,13 +225,14 @@ class Differentiator:
             return {"loss": value, "outputs": [part for _, outputs in pairs for part in outputs]}
 
         parts = self.gradients
-        replay, outer = Replay(parts.devices, generators), self._parameters(given)
+        replay = generators if isinstance(generators, Replay) else Replay(parts.devices, generators)
+        outer = self._parameters(given)
         if not settled:
             return ModuleObjective(
                 loss, parts.slots, problem.parameters, outer, label, replay, parts.passes, parts.reduce, buffers
             )
-        known = {other: self.gradients.problems[other].parameters for other in given}
-        known |= {problem.name: inner, **{other: state.values for other, state in settled.items()}}
+        known = {other: here[other] for other in (problem.name, *given)}
+        known |= {other: state.values for other, state in settled.items()}
         order = [name for block in self.dependencies.below(problem.name) for name in reversed(block) if name in settled]
         lower = [self._lower(name, known, settled) for name in reversed(order)]
         return NestedObjective(
@@ -255,7 +259,7 @@ class Differentiator:
         given = [other for other in self.dependencies.responds_to(name) if other in known]
         here, problem = settled[name], self.gradients.problems[name]
         records = {other: state.record for other, state in settled.items()}
-        lower = self.inner_problem(name, given, here.record, records, frozenset(settled))
+        lower = self.inner_problem(name, given, here.record, records, frozenset(settled), known)
         base = tuple(part for other in given for part in known[other])
         estimator = self.estimators[name]
         respond: BestResponse

@@ -15,6 +15,7 @@ from bilevel.faults import Activity, Work
 from bilevel.functional import ParameterSlots, PassCount, Reduce, dense_gradient
 from bilevel.loss_scale import LossScale
 from bilevel.problems.base import Problem
+from bilevel.problems.metrics import mean_metrics
 from bilevel.randomness import generator_devices
 from bilevel.vector import Tensors
 
@@ -97,7 +98,7 @@ class Gradients:
         if count > 1:
             flat = tuple(part / count for part in flat)
         value = values[0] if count == 1 else torch.stack(values).mean()
-        return Taken(value, _mean(metrics), self.split(flat, names), reached, overflow)
+        return Taken(value, mean_metrics(metrics), self.split(flat, names), reached, overflow)
 
     def autocasts(self) -> bool:
         """Whether training passes run under autocast, the engine's or the user's."""
@@ -126,15 +127,3 @@ class Gradients:
                 grads = torch.autograd.grad(scaled, inputs, allow_unused=True)
             self.passes.backward += 1
         return value.detach(), metrics, grads
-
-
-def _mean(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Averages the metrics of several batches."""
-    if len(metrics) == 1:
-        return metrics[0]
-    keys = dict.fromkeys(key for one in metrics for key in one)
-    return {key: _average([float(one[key]) for one in metrics if key in one]) for key in keys}
-
-
-def _average(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -12,7 +12,7 @@ from bilevel.functional import BufferValues
 from bilevel.hypergrad import State
 from bilevel.optim import Update
 from bilevel.problems.step_graph import KeptGraph
-from bilevel.randomness import States
+from bilevel.randomness import Replay, States
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors
 
@@ -64,13 +64,13 @@ class InnerRecord:
 
     Attributes:
         batches: The batches on which the hypergradient takes the inner loss, averaged.
-        generators: Generator states to replay; None to draw live.
+        generators: Generator states to replay, or what replays those that the first pass draws from; None to draw live.
         trajectory: The updates, where the method needs them.
         samples: Further batches, for methods that want separate ones.
     """
 
     batches: Sequence[Any]
-    generators: States | None = None
+    generators: States | Replay | None = None
     trajectory: list[RecordedUpdate] = field(default_factory=list)
     samples: Sequence[Any] = ()
 

@@ -196,7 +196,7 @@ class Lower:
 
 
 @contextmanager
-def _no_recomputation(name: str, module: nn.Module) -> Iterator[None]:
+def _no_recomputation(name: str, module: nn.Module, slots: ParameterSlots) -> Iterator[None]:
     """Refuses activation checkpointing in a module whose updates are made again.
 
     Each update has parameters of its own, and a checkpoint evaluates again, in a later backward pass, with those that
@@ -204,7 +204,7 @@ def _no_recomputation(name: str, module: nn.Module) -> Iterator[None]:
     """
 
     def refuse(part: nn.Module, arguments: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+        if not slots.evaluating and torch._C._current_graph_task_id() != -1:  # within a backward pass
             raise LossError(
                 f"the module of problem {name!r} uses activation checkpointing, but a problem above it is itself "
                 "differentiated through, for which the updates of this one are made again with parameters of their own "
@@ -264,7 +264,7 @@ class NestedObjective(ModuleObjective):
                 for lower in self._lower:
                     given = tuple(part for name in lower.given for part in known[name])
                     if isinstance(lower.respond, RepeatedUpdates):
-                        stack.enter_context(_no_recomputation(lower.name, lower.module))
+                        stack.enter_context(_no_recomputation(lower.name, lower.module, self._slots))
                     known[lower.name] = lower.respond(given)
                     # Until the body ends: its backward passes may evaluate again with what the modules hold.
                     stack.enter_context(self._slots.swapped(lower.live, known[lower.name]))

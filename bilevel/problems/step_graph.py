@@ -13,6 +13,7 @@ from bilevel.double_backward import refuse_once_differentiable, second_derivativ
 from bilevel.functional import ParameterSlots, PassCount, dense_gradient, derivatives, independent, leaves
 from bilevel.hypergrad.base import StepGraph
 from bilevel.problems.base import Problem
+from bilevel.problems.metrics import mean_metrics
 from bilevel.vector import Tensors
 
 __all__ = ["KeptGraph", "take_with_graph"]
@@ -43,7 +44,7 @@ def take_with_graph(
     outer: Tensors,
     slots: ParameterSlots,
     passes: PassCount,
-) -> tuple[Tensor, dict[str, Any], Tensors, KeptGraph]:
+) -> tuple[Tensor, Mapping[str, Any], Tensors, KeptGraph]:
     """Takes an inner problem's training pass at copies of its parameters.
 
     Args:
@@ -67,7 +68,7 @@ def take_with_graph(
     with slots.buffers_apart(), slots.swapped(problem.parameters, copies), torch.enable_grad():
         taken = [problem.evaluate_loss(batch) for batch in batches]
         value = taken[0][0] if len(taken) == 1 else torch.stack([loss for loss, _ in taken]).mean()
-        metrics = taken[-1][1]
+        metrics = mean_metrics([more for _, more in taken])
         passes.forward += len(taken)
         grads: Sequence[Tensor | None] = ()
         if value.requires_grad:

@@ -53,7 +53,7 @@ estimators = st.one_of(
 @st.composite
 def engine_configs(draw: st.DrawFn) -> EngineConfig:
     fallback = draw(st.none() | estimators.filter(lambda method: not method.needs_trajectory))
-    batches = draw(whole)
+    batches, restores = draw(whole), draw(st.booleans())
     return EngineConfig(
         steps=draw(whole),
         seed=draw(st.integers(0, 2**31)),
@@ -61,9 +61,9 @@ def engine_configs(draw: st.DrawFn) -> EngineConfig:
         num_hypergradient_batches=batches,
         on_solve_failure="fallback" if fallback else draw(st.sampled_from(["warn", "raise"])),
         fallback=fallback,
-        on_non_finite=draw(st.sampled_from(["raise", "skip"])),
+        on_non_finite=draw(st.sampled_from(["raise", "skip"])) if restores else "raise",
         precision=draw(st.sampled_from(["float32", "bfloat16"])),
-        restore_on_error=draw(st.booleans()),
+        restore_on_error=restores,
         evaluate_every=draw(st.integers(0, 100)),
         progress=draw(st.booleans()),
     )
