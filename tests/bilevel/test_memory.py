@@ -56,7 +56,7 @@ def test_a_hundred_steps_leave_nothing_behind(name):
     assert measure(BY_NAME[name], 100, readings=4).verdict.faults == ()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", BY_NAME)
 def test_two_thousand_steps_leave_nothing_behind(name):
     assert measure(BY_NAME[name], 2000).verdict.faults == ()
