@@ -40,7 +40,7 @@ from bilevel.problems.method_check import check_levels, check_method, check_stru
 from bilevel.problems.records import InnerRecord, LossGradient
 from bilevel.problems.schedule import Round, schedule
 from bilevel.randomness import preserved
-from bilevel.result import Hypergradient, SolveInfo, Status, StepResult
+from bilevel.result import Hypergradient, StepResult
 from bilevel.settings import EngineConfig
 from bilevel.snapshot import Snapshot
 from bilevel.step import NonFiniteStepError, Report, Step
@@ -257,7 +257,7 @@ class Engine:
         if scale is not None and kept is not None:
             scale.load_state_dict(kept)
         self.passes.forward, self.passes.backward = passes.forward, passes.backward
-        return _hypergradient(self.problems[name], result)
+        return result.as_hypergradient(self.problems[name].parameter_names)
 
     def losses(self, problem: str, batches: Mapping[str, Any] | None = None) -> NestedLosses:
         """Returns the losses of :meth:`hypergradient` as pure functions of tensors, on the batches that it takes."""
@@ -362,7 +362,7 @@ class Engine:
 
     def _show(self, problem: Problem, result: LossGradient) -> None:
         """Shows callbacks a hypergradient before the update."""
-        shown = _hypergradient(problem, result)
+        shown = result.as_hypergradient(problem.parameter_names)
         with Notices(f"in step {self.step_count + 1}") as notices:
             self._tell(notices, "on_hypergradient", problem.name, shown)
 
@@ -493,14 +493,3 @@ def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callback
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigError(f"callbacks must derive from bilevel.callbacks.Callback; got {callback!r}")
-
-
-def _hypergradient(problem: Problem, result: LossGradient) -> Hypergradient:
-    infos = list(result.solves.values()) or [SolveInfo(Status.NOT_APPLICABLE, message="nothing below is active")]
-    return Hypergradient(
-        grad=dict(zip(problem.parameter_names, result.gradient, strict=True)),
-        direct=dict(zip(problem.parameter_names, result.direct, strict=True)),
-        info=next((info for info in infos if info.status.failed), infos[0]),
-        value=float(result.value),
-        state=dict(result.states),
-    )

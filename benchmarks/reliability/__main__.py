@@ -70,6 +70,9 @@ MEMORY = """## Memory
 
 Steps of every method, and of what long runs do beside them, after a warm-up. Slopes are those of a line through the
 readings.
+
+`f2sa` and `bome` begin with negative curvature here, at which they keep no auxiliary iterate; from the first step on at
+which it is positive they keep one, five tensors, and no more.
 """
 
 

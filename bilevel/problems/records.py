@@ -13,7 +13,7 @@ from bilevel.hypergrad import State
 from bilevel.optim import Update
 from bilevel.problems.step_graph import KeptGraph
 from bilevel.randomness import Replay, States
-from bilevel.result import SolveInfo
+from bilevel.result import Hypergradient, SolveInfo, Status
 from bilevel.vector import Tensors
 
 __all__ = ["InnerRecord", "LossGradient", "RecordedUpdate", "Settled"]
@@ -105,3 +105,14 @@ class LossGradient:
     solves: Mapping[str, SolveInfo] = field(default_factory=dict)
     states: Mapping[str, State] = field(default_factory=dict)
     overflow: bool = False
+
+    def as_hypergradient(self, names: Sequence[str]) -> Hypergradient:
+        """Returns it as users see it, with the names of the problem's parameters."""
+        infos = list(self.solves.values()) or [SolveInfo(Status.NOT_APPLICABLE, message="no problem below takes part")]
+        return Hypergradient(
+            grad=dict(zip(names, self.gradient, strict=True)),
+            direct=dict(zip(names, self.direct, strict=True)),
+            info=next((info for info in infos if info.status.failed), infos[0]),
+            value=float(self.value),
+            state=dict(self.states),
+        )
