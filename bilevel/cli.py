@@ -120,7 +120,7 @@ def run(
             metrics = engine.evaluate()
         if folder is not None:
             folder.write_summary(engine, result, metrics)
-        _print_summary(engine, result, metrics, seconds, folder)
+        _print_summary(engine, result, metrics, seconds, folder, checkpoints)
 
 
 @app.command()
@@ -269,7 +269,12 @@ class _Folder:
 
 
 def _print_summary(
-    engine: Engine, result: StepResult, metrics: Mapping[str, float], seconds: float, folder: _Folder | None
+    engine: Engine,
+    result: StepResult,
+    metrics: Mapping[str, float],
+    seconds: float,
+    folder: _Folder | None,
+    checkpoints: Path | None,
 ) -> None:
     console = Console()
     table = Table(title=f"after step {engine.step_count}", title_justify="left")
@@ -290,7 +295,8 @@ def _print_summary(
     lines.add_row("seconds", f"{seconds:.1f}")
     if engine.skipped_steps:
         lines.add_row("skipped steps", str(engine.skipped_steps))
-    lines.add_row("saved in", Text(str(folder.path)) if folder else "nowhere: add --output FOLDER")
+    places = [str(path) for path in (folder and folder.path, checkpoints) if path]
+    lines.add_row("saved in", Text(", ".join(places)) if places else "nowhere: add --output FOLDER")
     console.print(lines)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from bilevel import distributed
 from bilevel.faults import Deadline, Work
-from bilevel.functional import BufferValues, ModuleObjective, loss_and_outputs, require_finite
+from bilevel.functional import BufferValues, ModuleObjective, Objective, loss_and_outputs, require_finite
 from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, State
 from bilevel.optim import curvature_of
 from bilevel.problems.accumulation import accumulate
@@ -170,12 +170,8 @@ class Differentiator:
         problem = self.gradients.problems[name]
         outer = self._parameters(given)
         here = {other: each.parameters for other, each in self.gradients.problems.items()} | dict(values or {})
-        below = {
-            other: Settled(records[other], here[other])
-            for block in self.dependencies.below(name)
-            for other in block
-            if other in active and other in records
-        }
+        taking_part = self.dependencies.settled_before(name, active & set(records))
+        below = {other: Settled(records[other], here[other]) for other in taking_part}
 
         def objective(
             batches: Sequence[Any],
@@ -183,7 +179,7 @@ class Differentiator:
             buffers: BufferValues | None = None,
             inner: Tensors = here[name],
             settled: Mapping[str, Settled] = below,
-        ) -> ModuleObjective:
+        ) -> Objective:
             return self._objective(problem, given, batches, generators, buffers, here | {name: inner}, settled)
 
         def recorded(step: RecordedUpdate) -> InnerStep:
@@ -215,7 +211,7 @@ class Differentiator:
         buffers: BufferValues | None,
         here: Mapping[str, Tensors],
         settled: Mapping[str, Settled],
-    ) -> ModuleObjective:
+    ) -> Objective:
         """Returns a problem's total loss as a function of its own parameters and of those in ``given``."""
         label = f"problem {problem.name!r}"
 
@@ -227,27 +223,17 @@ class Differentiator:
         parts = self.gradients
         replay = generators if isinstance(generators, Replay) else Replay(parts.devices, generators)
         outer = self._parameters(given)
+        plain = ModuleObjective(
+            loss, parts.slots, problem.parameters, outer, label, replay, parts.passes, parts.reduce, buffers
+        )
         if not settled:
-            return ModuleObjective(
-                loss, parts.slots, problem.parameters, outer, label, replay, parts.passes, parts.reduce, buffers
-            )
+            return plain
         known = {other: here[other] for other in (problem.name, *given)}
         known |= {other: state.values for other, state in settled.items()}
-        order = [name for block in self.dependencies.below(problem.name) for name in reversed(block) if name in settled]
-        lower = [self._lower(name, known, settled) for name in reversed(order)]
-        return NestedObjective(
-            loss,
-            parts.slots,
-            problem.parameters,
-            outer,
-            label,
-            replay,
-            parts.passes,
-            buffers,
-            lower=lower,
-            own=problem.name,
-            sizes={other: len(known[other]) for other in given},
-        )
+        below = self.dependencies.settled_before(problem.name, settled)
+        lower = [self._lower(name, known, settled) for name in below]
+        sizes = {other: len(known[other]) for other in given}
+        return NestedObjective(plain, parts.slots, problem.name, sizes, lower)
 
     def _lower(
         self,
@@ -267,9 +253,7 @@ class Differentiator:
             respond = RepeatedUpdates(lower.trajectory, lower.start)
         else:
             solver = method_again(estimator, self.solver)
-            standing = InnerProblem(
-                lower.objective, here.values, base, lower.trajectory, lower.samples, lower.diagonal, lower.start
-            )
+            standing = replace(lower, inner=here.values, outer=base)
             respond = SolvedResponse(standing, estimator, solver, lambda info: self.policy.below(name, info))
         return Lower(name, problem.parameters, given, respond, problem.module)
 

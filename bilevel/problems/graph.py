@@ -60,6 +60,10 @@ class Dependencies:
         members = self.lower[name]
         return _accumulation_order([other for other in self.inner if other in members], self.responds_to)
 
+    def settled_before(self, name: str, among: Collection[str]) -> tuple[str, ...]:
+        """Returns the problems below one, of those ``among``, each after those that it responds to."""
+        return tuple(other for block in reversed(self.below(name)) for other in block if other in among)
+
     def depth(self, name: str) -> int:
         """Returns 0 for an outer problem, and one more than the deepest problem over it for an inner one."""
         return 1 + max((self.depth(over) for over, below in self.lower.items() if name in below), default=-1)

@@ -65,9 +65,7 @@ class Recorder:
         buffers = parts.slots.buffer_values(None if earlier is None else earlier.buffers)
         below = {
             other: Settled(records[other], tuple(p.detach().clone() for p in parts.problems[other].parameters))
-            for block in dependencies.below(problem.name)
-            for other in block
-            if other in active
+            for other in dependencies.settled_before(problem.name, active)
         }
         step = RecordedUpdate(batches, generators, inner, memory, update, buffers, first=first, below=below)
         above = dependencies.responds_to(problem.name)

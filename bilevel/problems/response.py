@@ -18,19 +18,15 @@ from torch import Tensor, nn
 
 from bilevel.errors import LossError
 from bilevel.functional import (
-    BufferValues,
     Evaluate,
-    ModuleObjective,
     Objective,
     ParameterSlots,
-    PassCount,
     dense_gradient,
     gradient,
     leaves,
 )
 from bilevel.hypergrad import Estimator, FiniteDifference, Identity, InnerProblem, InnerStep, Nystrom
 from bilevel.implicit_function import AdjointRule, obstacle
-from bilevel.randomness import Replay
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors, subtract
 
@@ -220,54 +216,53 @@ def _no_recomputation(name: str, module: nn.Module, slots: ParameterSlots) -> It
             hook.remove()
 
 
-class NestedObjective(ModuleObjective):
+class NestedObjective(Objective):
     """The total loss of a problem with others below it: each of these at its best response.
 
     Args:
-        loss: See :class:`~bilevel.functional.ModuleObjective`, as for all that is not here.
-        lower: The problems below, each after those that it responds to.
+        plain: The problem's own loss.
+        slots: Where the modules hold parameters.
         own: The problem's name.
         sizes: For each problem above that is varied, how many parameters it has.
+        lower: The problems below, each after those that it responds to.
     """
 
     def __init__(
-        self,
-        loss: Callable[[], object],
-        slots: ParameterSlots,
-        live_inner: Tensors,
-        live_outer: Tensors,
-        name: str,
-        replay: Replay,
-        passes: PassCount,
-        buffers: BufferValues | None = None,
-        *,
-        lower: Sequence[Lower],
-        own: str,
-        sizes: Mapping[str, int],
+        self, plain: Objective, slots: ParameterSlots, own: str, sizes: Mapping[str, int], lower: Sequence[Lower]
     ) -> None:
-        super().__init__(loss, slots, live_inner, live_outer, name, replay, passes, None, buffers)
-        self._lower = lower
+        super().__init__(plain.name, plain.replay, plain.passes)
+        self._plain = plain
+        self._slots = slots
         self._own = own
         self._sizes = sizes
+        self._lower = lower
 
     def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
         """See :meth:`Objective.within`."""
-        with ExitStack() as stack:
-            stack.enter_context(self._slots.buffers_protected(self._buffers))
-            stack.enter_context(self._slots.swapped(self._live_inner + self._live_outer, inner + outer))
 
-            def run() -> tuple[Tensor, Tensors]:
-                known, start = {self._own: inner}, 0
-                for name, size in self._sizes.items():
-                    known[name] = outer[start : start + size]
-                    start += size
-                for lower in self._lower:
-                    given = tuple(part for name in lower.given for part in known[name])
-                    if isinstance(lower.respond, RepeatedUpdates):
-                        stack.enter_context(_no_recomputation(lower.name, lower.module, self._slots))
-                    known[lower.name] = lower.respond(given)
-                    # Until the body ends: its backward passes may evaluate again with what the modules hold.
-                    stack.enter_context(self._slots.swapped(lower.live, known[lower.name]))
-                return self._evaluate(self._loss)
+        def settled(evaluate: Evaluate) -> T:
+            with ExitStack() as stack:
 
-            return body(Evaluate(run))
+                def run() -> tuple[Tensor, Tensors]:
+                    self._settle(inner, outer, stack)
+                    return evaluate.run()
+
+                return body(Evaluate(run))
+
+        return self._plain.within(inner, outer, settled)
+
+    def _settle(self, inner: Tensors, outer: Tensors, stack: ExitStack) -> None:
+        """Puts the problems below at their best responses, until the stack is left.
+
+        That is when the body ends: its backward passes may evaluate again with what the modules hold.
+        """
+        known, start = {self._own: inner}, 0
+        for name, size in self._sizes.items():
+            known[name] = outer[start : start + size]
+            start += size
+        for lower in self._lower:
+            given = tuple(part for name in lower.given for part in known[name])
+            if isinstance(lower.respond, RepeatedUpdates):
+                stack.enter_context(_no_recomputation(lower.name, lower.module, self._slots))
+            known[lower.name] = lower.respond(given)
+            stack.enter_context(self._slots.swapped(lower.live, known[lower.name]))
