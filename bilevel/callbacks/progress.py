@@ -42,6 +42,7 @@ class Progress(Callback):
         self._console = console or Console(stderr=True)
         self._live: Live | NotebookDisplay | None = None
         self._total = 0
+        self._before = 0
         self._done = 0
         self._printed = 0
         self._skipped = 0
@@ -51,7 +52,7 @@ class Progress(Callback):
 
     def on_run_start(self, engine: Engine, steps: int) -> None:
         """See :meth:`Callback.on_run_start`."""
-        self._total, self._last = steps, None
+        self._total, self._before, self._last = steps, 0, None
         self._done = self._printed = self._skipped = 0
         self._started = self._refreshed = time.monotonic()
         if self._console.is_jupyter:
@@ -67,6 +68,8 @@ class Progress(Callback):
         if self._total == 0:  # steps that somebody else's loop takes
             return
         self._done, self._last = self._done + 1, result
+        if self._done == 1:
+            self._before = result.step - 1  # a resumed run goes on counting
         self._skipped += result.skipped is not None
         if self._live is not None:
             now = time.monotonic()
@@ -98,7 +101,7 @@ class Progress(Callback):
         return f"{_clock(elapsed)} elapsed, {left} left"
 
     def _display(self, engine: Engine) -> RenderableType:
-        head = _head(self._done, self._total, self._times())
+        head = _head(self._before + self._done, self._before + self._total, self._times())
         if self._last is None:
             return head
         foot = [_cell(f"{_passes(self._last)}{self._skips()}", "dim")]
@@ -116,7 +119,8 @@ class Progress(Callback):
         )
         skipped = f" | skipped: {result.skipped} not finite" if result.skipped else ""
         return (
-            f"step {self._done}/{self._total} | loss {losses} | gradient norm {norms} | {solves} | "
+            f"step {self._before + self._done}/{self._before + self._total} | loss {losses} | "
+            f"gradient norm {norms} | {solves} | "
             f"{_passes(result)}{self._skips()} | {self._times()}{skipped}"
         )
 

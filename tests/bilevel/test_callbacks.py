@@ -256,3 +256,14 @@ def test_run_shows_progress_unless_told_otherwise(capsys: pytest.CaptureFixture[
     assert captured.out == ""
     assert "step 2/2 | loss outer " in captured.err
     assert run.callbacks == ()
+
+
+def test_a_resumed_run_s_progress_counts_the_steps_taken_before():
+    console = Console(file=io.StringIO(), width=200)
+    run = engine(Progress(console))
+    run.run(2)
+    run.run(3)
+    shown = console.file.getvalue()
+    assert "step 2/2 " in shown
+    assert "step 3/5 " in shown
+    assert "step 5/5 " in shown
