@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bilevel import Engine, EngineConfig, Problem
-from bilevel.errors import ConfigError
+from bilevel.errors import ConfigError, LossError
 from bilevel.functional import leaves
 from bilevel.problems.response import RepeatedUpdates
 
@@ -196,3 +197,53 @@ def test_problems_that_share_a_module_are_repeated_without_checkpoints():
     ]
     run = engine(problems)
     assert run.step().skipped is None
+
+
+class Checkpointed(nn.Module):
+    """A layer that is evaluated again in backward passes, where that is asked for."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layer = nn.Linear(2, 2, dtype=torch.float64)
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.again:
+            return checkpoint(lambda x: self.layer(x).tanh(), x, use_reentrant=False)
+        return self.layer(x).tanh()
+
+
+class Network(Problem):
+    def loss(self, batch):
+        x = torch.tensor([[1.0, -0.5], [0.3, 0.8]], dtype=torch.float64)
+        decay = sum(p.square().sum() for p in self.module.parameters())
+        return (self(x) - self.b.w).square().sum() + decay
+
+
+def over_a_network(method: str, again: bool) -> Engine:
+    def read(s: Any) -> Tensor:
+        return s.network(torch.ones(1, 2, dtype=torch.float64)).sum()
+
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    return engine(
+        [
+            Level("a", lambda s: (s.b.w - 1).square().sum(), 1, 1.0),
+            Level("b", lambda s: (s.w - s.a.w).square().sum() + read(s).square(), 2, steps=2),
+            Network(Checkpointed(again), optimizer=sgd, steps=2, hypergradient=method),
+        ]
+    )
+
+
+def test_a_checkpoint_in_updates_that_are_repeated_is_refused():
+    with pytest.raises(LossError, match="'network' uses activation checkpointing.*by an implicit method"):
+        over_a_network("unrolled", again=True).step()
+
+
+@pytest.mark.parametrize("method", ["conjugate_gradient", "exact"])
+def test_a_checkpoint_below_a_middle_level_changes_nothing_where_systems_are_solved(method):
+    plain, again = over_a_network(method, again=False), over_a_network(method, again=True)
+    for run in (plain, again):
+        run.run(3)
+    for one, other in zip(plain.problems.values(), again.problems.values(), strict=True):
+        torch.testing.assert_close(one.parameters, other.parameters, rtol=1e-12, atol=1e-14)
