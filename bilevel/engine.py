@@ -18,7 +18,6 @@ from bilevel.checkpoint import read_state, write_state
 from bilevel.data import BatchStream
 from bilevel.engine_state import engine_state, load_engine_state, resume_engine
 from bilevel.errors import (
-    BilevelError,
     ConfigError,
     GraphError,
     unknown_name,
@@ -30,15 +29,13 @@ from bilevel.hypergrad import Estimator, Exact, State, as_estimator
 from bilevel.interrupt import Shield, StopSignals
 from bilevel.loss_scale import LossScale
 from bilevel.notices import Notices
+from bilevel.planning import Planner
 from bilevel.policy import SolvePolicy
-from bilevel.problems import Dependencies, Problem, discover
-from bilevel.problems.differentiate import Differentiator
+from bilevel.problems import Dependencies, Problem
 from bilevel.problems.gradients import Gradients
 from bilevel.problems.graph import check_ownership
 from bilevel.problems.losses import NestedLosses, nested_losses
-from bilevel.problems.method_check import check_levels, check_method, check_structure
 from bilevel.problems.records import InnerRecord, LossGradient
-from bilevel.problems.schedule import Round, schedule
 from bilevel.randomness import preserved
 from bilevel.result import Hypergradient, StepResult
 from bilevel.settings import EngineConfig
@@ -117,21 +114,21 @@ class Engine:
         self.estimator_states: dict[str, dict[str, State]] = {}
         self._records: dict[str, InnerRecord] = {}
         self._snapshot = Snapshot(problems, every, self._gradients.devices, self.streams, self.scales, self.passes)
-        self._policy = SolvePolicy(self.config, lambda: self.step_count + 1)
-        self._plan: tuple[Differentiator, Round] | None = None
+        policy = SolvePolicy(self.config, lambda: self.step_count + 1)
+        self._planner = Planner(self.problems, self._gradients, self.config, policy, lambda: self.hypergradient_method)
         for problem in problems:
             problem.attach(self.problems)
-        self._discover_early()
+        self._planner.plan_early(Feed(self.streams))
 
     @property
     def dependencies(self) -> Dependencies:
         """Who depends on whom."""
-        return self._planned(Feed(self.streams))[0].dependencies
+        return self._planner.plan(Feed(self.streams))[0].dependencies
 
     @property
     def estimators(self) -> dict[str, Estimator]:
         """The method by which each inner problem is differentiated."""
-        return self._methods(self.dependencies)
+        return dict(self._planner.plan(Feed(self.streams))[0].estimators)
 
     def step(self, batches: Mapping[str, Any] | None = None) -> StepResult:
         """Runs one outer step.
@@ -151,7 +148,7 @@ class Engine:
         """
         started, before = time.perf_counter(), self.passes.copy()
         feed = Feed(self.streams, batches)
-        self._planned(feed)
+        self._planner.plan(feed)
         with Shield() as shield:
             report, skipped = self._step_or_undo(feed, shield)
             self.step_count += 1
@@ -240,7 +237,7 @@ class Engine:
             ConfigError: A method that differentiates inner updates, where none are recorded.
         """
         feed = Feed(self.streams, batches)
-        differentiator, _ = self._planned(feed)
+        differentiator, _ = self._planner.plan(feed)
         name, passes = self._outer_name(problem), self.passes.copy()
         self._check_recorded(name)
         scale = self.scales.get(name)
@@ -262,7 +259,7 @@ class Engine:
     def losses(self, problem: str, batches: Mapping[str, Any] | None = None) -> NestedLosses:
         """Returns the losses of :meth:`hypergradient` as pure functions of tensors, on the batches that it takes."""
         feed = Feed(self.streams, batches)
-        differentiator, _ = self._planned(feed)
+        differentiator, _ = self._planner.plan(feed)
         # A reference: where a response is differentiated, it is by the dense system.
         exact = replace(differentiator, estimators=dict.fromkeys(differentiator.estimators, Exact()), solver=Exact())
         records = self._present_records(feed)
@@ -319,7 +316,7 @@ class Engine:
 
     def _step_or_undo(self, feed: Feed, shield: Shield) -> tuple[Report, str | None]:
         """Makes the updates of a step, or leaves the state before it; returns the problem for which it was skipped."""
-        differentiator, rounds = self._planned(feed)
+        differentiator, rounds = self._planner.plan(feed)
         step = Step(
             self.step_count,
             differentiator,
@@ -387,56 +384,6 @@ class Engine:
     def _place(self, name: str) -> str:
         stream = self.streams[name]
         return f" (batch number {stream.drawn} of its data)" if stream.has_data and stream.drawn else ""
-
-    def _planned(self, feed: Feed) -> tuple[Differentiator, Round]:
-        """Returns how gradients are taken, and the order of updates, once the losses have been evaluated."""
-        for problem in self.problems.values():
-            if problem.stepper is not None:
-                problem.stepper.check()
-        if self._plan is None:
-            self._plan = self._discover(feed)
-        differentiator, rounds = self._plan
-        methods = self._methods(differentiator.dependencies)
-        if methods != differentiator.estimators:  # somebody has changed a problem's method
-            self._check_methods(methods, differentiator.dependencies)
-            self._plan = replace(differentiator, estimators=methods), rounds
-        return self._plan
-
-    def _methods(self, dependencies: Dependencies) -> dict[str, Estimator]:
-        return {name: self.problems[name].hypergradient or self.hypergradient_method for name in dependencies.inner}
-
-    def _check_methods(self, methods: Mapping[str, Estimator], dependencies: Dependencies) -> None:
-        for name, estimator in methods.items():
-            check_method(self.problems[name], estimator, self.config.precision, dependencies)
-
-    def _discover_early(self) -> None:
-        """Finds dependencies at construction where every problem has data, or can do without."""
-        try:
-            self._planned(Feed(self.streams))
-        except BilevelError:
-            raise
-        except Exception:
-            # A loss that cannot be evaluated without a batch: batches will come with step(), where any error shows.
-            if all(stream.has_data for stream in self.streams.values()):
-                raise
-
-    def _discover(self, feed: Feed) -> tuple[Differentiator, Round]:
-        check_structure(self.problems, self.config.evaluate_every)
-        with preserved(self._gradients.devices):
-            batches = {name: feed.peek(name) for name in self.problems}
-            dependencies = discover(list(self.problems.values()), self._gradients.slots, batches)
-        check_levels(self.problems, dependencies)
-        estimators = self._methods(dependencies)
-        self._check_methods(estimators, dependencies)
-        differentiator = Differentiator(
-            self._gradients,
-            dependencies,
-            estimators,
-            self.config.nested_solver,
-            self._policy,
-            self.config.solve_timeout,
-        )
-        return differentiator, schedule(dependencies)
 
     def _outer_name(self, name: str | None) -> str:
         outer, over = self.dependencies.outer, [n for n in self.problems if self.dependencies.lower[n]]

@@ -23,7 +23,7 @@ LAYERS = (
     ("hypergrad",),
     ("implicit_function", "single_loop"),
     ("argmin", "callbacks", "problems", "schema", "settings"),
-    ("config", "notices", "policy", "snapshot", "step"),
+    ("config", "notices", "planning", "policy", "snapshot", "step"),
     ("engine",),
     ("recipe",),
     ("check", "interop"),

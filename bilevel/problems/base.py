@@ -104,20 +104,7 @@ class Problem(ABC):
             raise ConfigError(
                 f"{self.name!r} cannot name a problem: an identifier that is no attribute of Problem is needed"
             )
-        check_integer(self.name, "steps", steps, minimum=1)
-        check_integer(self.name, "warmup_steps", warmup_steps, minimum=0)
-        check_integer(self.name, "accumulate", accumulate, minimum=1)
-        check_integer(self.name, "start", start, minimum=0)
-        if stop is not None:
-            check_integer(self.name, "stop", stop, minimum=start + 1)
-        if reset is not None and not isinstance(reset, str):
-            raise ConfigError(
-                f"reset of problem {self.name!r} must be 'initial', the name of a problem above, or None, not {reset!r}"
-            )
-        if reset is not None and warmup_steps:
-            raise ConfigError(
-                f"problem {self.name!r} has both reset= and warmup_steps=, which the reset would undo: drop one of them"
-            )
+        _check_schedule(self.name, steps, warmup_steps, accumulate, start, stop, reset)
         if max_grad_norm is not None:
             check_number(self.name, "max_grad_norm", max_grad_norm, minimum=0.0, exclusive=True)
         self.module = module
@@ -344,6 +331,25 @@ def _optimizer_and_parameters(
     if not owned:
         raise ParameterError(f"the optimizer of problem {name!r} holds no parameter that requires gradients")
     return optimizer, owned
+
+
+def _check_schedule(
+    name: str, steps: int, warmup_steps: int, accumulate: int, start: int, stop: int | None, reset: object
+) -> None:
+    check_integer(name, "steps", steps, minimum=1)
+    check_integer(name, "warmup_steps", warmup_steps, minimum=0)
+    check_integer(name, "accumulate", accumulate, minimum=1)
+    check_integer(name, "start", start, minimum=0)
+    if stop is not None:
+        check_integer(name, "stop", stop, minimum=start + 1)
+    if reset is not None and not isinstance(reset, str):
+        raise ConfigError(
+            f"reset of problem {name!r} must be 'initial', the name of a problem above, or None, not {reset!r}"
+        )
+    if reset is not None and warmup_steps:
+        raise ConfigError(
+            f"problem {name!r} has both reset= and warmup_steps=, which the reset would undo: drop one of them"
+        )
 
 
 def _stepper(

@@ -44,7 +44,7 @@ def engine(problems: list[Problem], **settings: Any) -> Engine:
 
 def miss(run: Engine, name: str, above: str) -> float:
     """How far the repeated updates of a problem end from its parameters."""
-    differentiator, _ = run._plan
+    differentiator, _ = run._planner._plan
     records, active = run._records, run._active()
     problem = differentiator.inner_problem(name, [above], records[name], records, active)
     again = RepeatedUpdates(problem.trajectory, problem.start)(leaves(problem.outer))
