@@ -216,10 +216,11 @@ class Problem(ABC):
         known = dict(zip(source.parameter_names, source.parameters, strict=True))
         for name, own in zip(self.parameter_names, self.parameters, strict=True):
             if name not in known or known[name].shape != own.shape:
-                found = f"has shape {tuple(known[name].shape)}" if name in known else "does not exist"
+                own_shape = tuple(own.shape)
+                found = f"has shape {tuple(known[name].shape)}, not {own_shape}" if name in known else "does not exist"
                 raise ParameterError(
-                    f"problem {self.name!r} is to start from problem {source.name!r}, whose parameter {name!r} of "
-                    f"shape {tuple(own.shape)} {found}: give both the same module structure"
+                    f"problem {self.name!r} is to start from problem {source.name!r}, whose parameter {name!r} "
+                    f"{found}: give both the same module structure"
                 )
         return tuple(known[name] for name in self.parameter_names)
 
