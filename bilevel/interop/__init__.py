@@ -1,0 +1,1 @@
+"""Ways in for the users of other libraries."""
