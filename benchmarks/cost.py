@@ -224,7 +224,8 @@ def main() -> None:
     model, log_decay = solved()
     base = baseline(model, log_decay, arguments.repeats)
     rows = []
-    names = arguments.methods or list(available_methods())
+    # Betty's functions are not compared here: they are for comparing with a Betty program.
+    names = arguments.methods or [name for name in available_methods() if not name.startswith("betty:")]
     chosen = [{"method": name, **settings} for name in names for settings in VARIANTS.get(name, ({},))]
     for method in chosen:
         estimator = as_estimator(method)

@@ -32,6 +32,7 @@ from bilevel.notices import Notices
 from bilevel.planning import Planner
 from bilevel.policy import SolvePolicy
 from bilevel.problems import Dependencies, Problem
+from bilevel.problems.differentiate import Differentiator
 from bilevel.problems.gradients import Gradients
 from bilevel.problems.graph import check_ownership
 from bilevel.problems.losses import NestedLosses, nested_losses
@@ -106,7 +107,7 @@ class Engine:
         self.streams = {
             name: BatchStream(problem.data, name, self.config.seed) for name, problem in self.problems.items()
         }
-        self.scales = {name: LossScale(name) for name in self.problems} if self.config.precision == "float16" else {}
+        self.scales = {name: self._loss_scale(name) for name in self.problems if self._precision(name) == "float16"}
         self._activity = Activity()
         self._gradients = Gradients(
             self.problems, slots, self.passes, distributed.reducer(), self._activity, self._autocast, self.scales
@@ -317,23 +318,11 @@ class Engine:
     def _step_or_undo(self, feed: Feed, shield: Shield) -> tuple[Report, str | None]:
         """Makes the updates of a step, or leaves the state before it; returns the problem for which it was skipped."""
         differentiator, rounds = self._planner.plan(feed)
-        step = Step(
-            self.step_count,
-            differentiator,
-            self.config,
-            feed,
-            self._records,
-            self.estimator_states,
-            self._place,
-            self._show
-            if any(type(c).on_hypergradient is not Callback.on_hypergradient for c in self.callbacks)
-            else None,
-            self.scales,
-        )
+        step = self._new_step(differentiator, feed)
         keeps = self.config.restore_on_error
         try:
             if keeps:
-                self._snapshot.take((self._records, self.estimator_states))
+                self._snapshot.take(self._step_tables())
             with shield.opened():
                 for problem in self.problems.values():
                     with self._activity(Work.HOOK, problem.name):
@@ -356,6 +345,24 @@ class Engine:
                 del step, shown
         self._snapshot.drop()
         return step.report, None
+
+    def _new_step(self, differentiator: Differentiator, feed: Feed) -> Step:
+        watched = any(type(c).on_hypergradient is not Callback.on_hypergradient for c in self.callbacks)
+        return Step(
+            self.step_count,
+            differentiator,
+            self.config,
+            feed,
+            self._records,
+            self.estimator_states,
+            self._place,
+            self._show if watched else None,
+            self.scales,
+        )
+
+    def _step_tables(self) -> tuple[dict[str, Any], ...]:
+        """Returns what a step changes beside parameters, buffers and optimisers."""
+        return self._records, self.estimator_states
 
     def _show(self, problem: Problem, result: LossGradient) -> None:
         """Shows callbacks a hypergradient before the update."""
@@ -395,11 +402,19 @@ class Engine:
             raise unknown_name("problem with others below it", name, over)
         return name
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "float32":
+    def _precision(self, name: str) -> str:
+        """Returns the precision of a problem's training passes: everybody's, here."""
+        return self.config.precision
+
+    def _loss_scale(self, name: str) -> LossScale:
+        return LossScale(name)
+
+    def _autocast(self, name: str) -> AbstractContextManager[Any]:
+        precision = self._precision(name)
+        if precision == "float32":
             return nullcontext()
-        device = next(iter(self.problems.values())).parameters[0].device.type
-        return torch.autocast(device, dtype=getattr(torch, self.config.precision))
+        device = self.problems[name].parameters[0].device.type
+        return torch.autocast(device, dtype=getattr(torch, precision))
 
     def _evaluate_in_step(self, notices: Notices) -> None:
         """Evaluates, and moves the schedulers on that wait for it."""

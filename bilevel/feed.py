@@ -54,6 +54,10 @@ class Feed:
         except StopIteration:
             raise DataError(f"step() needs more batches for problem {name!r} than its iterator holds") from None
 
+    def stream(self, name: str) -> BatchStream:
+        """Returns a problem's own data."""
+        return self._streams[name]
+
     def peek(self, name: str) -> Any:
         """Returns a problem's next batch; :meth:`next` returns it again.
 

@@ -65,6 +65,7 @@ class Step:
         show: Shown every hypergradient before it is used; None where nobody looks.
         scales: Loss scales by problem, where training passes are in float16.
         report: What happened.
+        trajectories: Updates recorded since the problem above was updated, by problem; changed.
     """
 
     number: int
@@ -77,6 +78,7 @@ class Step:
     show: Callable[[Problem, LossGradient], None] | None = None
     scales: Mapping[str, LossScale] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
+    trajectories: dict[str, list[RecordedUpdate]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Looks up what every update needs."""
@@ -84,7 +86,6 @@ class Step:
         self._dependencies = self.differentiator.dependencies
         self._activity = self.differentiator.gradients.activity
         self._recorder = Recorder(self.differentiator)
-        self._trajectories: dict[str, list[RecordedUpdate]] = {}
         self.active = frozenset(name for name, problem in self._problems.items() if problem.is_active(self.number))
 
     def run(self, whole: Round) -> Report:
@@ -98,7 +99,7 @@ class Step:
         turns = {name: self._turns(self._problems[name]) for name in one.members}
         for name in self._inner(one.members):
             self._problems[name].restart()
-            self._trajectories[name] = []
+            self.trajectories[name] = []
         for turn in range(max(turns.values())):
             for lower in (*one.before, *one.again):
                 self._run(lower)
@@ -154,7 +155,7 @@ class Step:
             recorded_from = max(first, turns - (estimator.recorded_steps or problem.steps))
         last = turn == turns - 1
         generators = capture(self.differentiator.gradients.devices)
-        trajectory = self._trajectories[problem.name]
+        trajectory = self.trajectories[problem.name]
         if turn < recorded_from:
             result = self.differentiator.total(problem, batches, self.records, self.states, self._responding())
         else:

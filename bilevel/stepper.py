@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -111,20 +112,44 @@ class Stepper:
             ParameterError: See :meth:`check`.
             UnknownNameError: The scheduler asks for a metric that the loss did not return; the update has been made.
         """
+        with self.holding(self.own(gradients)):
+            if self._max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            self.optimizer.step()
+        self.advance_scheduler(values)
+
+    @contextmanager
+    def holding(self, gradients: Sequence[Tensor]) -> Iterator[None]:
+        """Lets the parameters hold gradients in the body, and what they held before after it.
+
+        Args:
+            gradients: One a parameter. They may be changed in place.
+
+        Raises:
+            ParameterError: See :meth:`check`.
+        """
         self.check()
         held = _held(self.optimizer)
         kept = [p.grad for p in held]
         try:
             for p in held:  # a frozen parameter with a gradient of its own would be moved by it
                 p.grad = None
-            for p, grad in zip(self._parameters, self._own(gradients), strict=True):
+            for p, grad in zip(self._parameters, gradients, strict=True):
                 p.grad = grad
-            if self._max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-            self.optimizer.step()
+            yield
         finally:
             for p, grad_before in zip(held, kept, strict=True):
                 p.grad = grad_before
+
+    def advance_scheduler(self, values: Mapping[str, Any]) -> None:
+        """Moves the scheduler on, if there is one and it does not wait for an evaluation.
+
+        Args:
+            values: As for :meth:`update`.
+
+        Raises:
+            UnknownNameError: The scheduler asks for a metric that is not among the values.
+        """
         if self.scheduler is None or self.needs_evaluation:
             return
         if self.metric is None:
@@ -134,9 +159,14 @@ class Stepper:
             raise unknown_name(f"scheduler_metric of problem {self._name!r}", self.metric, values)
         self.scheduler.step(_number(values[self.metric]))
 
-    def _own(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Returns gradients that may be changed in place, where anybody will do so, in the parameters' dtypes."""
-        if self._max_grad_norm is not None or _changes_gradients(self.optimizer):
+    def own(self, gradients: Sequence[Tensor], *, changed: bool = False) -> list[Tensor]:
+        """Returns gradients in the parameters' dtypes that may be changed in place, where anybody will do so.
+
+        Args:
+            gradients: One a parameter.
+            changed: Whether somebody else than clipping and the optimiser will.
+        """
+        if changed or self._max_grad_norm is not None or _changes_gradients(self.optimizer):
             return [_copied(grad, p) for p, grad in zip(self._parameters, gradients, strict=True)]
         return [
             grad.detach() if _fits(grad, p) else _copied(grad, p)

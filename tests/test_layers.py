@@ -70,7 +70,7 @@ PUBLIC = {
     "hypergradient",
     "load_config",
 }
-PUBLIC_MODULES = ("bilevel", "bilevel.errors", "bilevel.callbacks", "bilevel.validation")
+PUBLIC_MODULES = ("bilevel", "bilevel.errors", "bilevel.callbacks", "bilevel.interop.betty", "bilevel.validation")
 
 
 def sources(package: str) -> list[Path]:
@@ -142,7 +142,7 @@ def test_bilevel_needs_nothing_of_bidoras(forbidden: str) -> None:
 
 
 def test_importing_bilevel_loads_nothing_heavy() -> None:
-    heavy = {"bidora", "peft", "transformers", "matplotlib", "torchdata", "tensorboard", "wandb"}
+    heavy = {"betty", "bidora", "peft", "transformers", "matplotlib", "torchdata", "tensorboard", "wandb"}
     code = f"import sys, bilevel.cli; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

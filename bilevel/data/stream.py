@@ -56,6 +56,8 @@ class BatchStream:
         # Those handed out since the mark; None where nobody marked.
         self._since: list[tuple[Position, Any]] | None = None
         self._anchor_wanted = False
+        self.epoch = 0
+        """Of the batch handed out last, counted from 0."""
 
     @property
     def has_data(self) -> bool:
@@ -78,7 +80,9 @@ class BatchStream:
         entry = self._ahead.popleft() if self._ahead else self._draw()
         if self._since is not None:
             self._since.append(entry)
-        return entry[1]
+        position, batch = entry
+        self.epoch = position.epoch
+        return batch
 
     def peek(self) -> Any:
         """Returns the batch that :meth:`next` will return, without moving on.
@@ -110,6 +114,7 @@ class BatchStream:
         if self._since is None:
             raise DataError(f"data of problem {self.name!r} cannot go back: call mark() first")
         self._ahead.extendleft(reversed(self._since))
+        self.epoch = self._position.epoch
         self._since = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,6 +158,7 @@ class BatchStream:
             )
         self._ahead.clear()
         self._since = None
+        self.epoch = position.epoch
 
     @property
     def _position(self) -> Position:

@@ -50,7 +50,7 @@ class Gradients:
         passes: Where passes are counted.
         reduce: The mean over data-parallel ranks, or nothing.
         activity: Told what is going on.
-        autocast: Makes the context for training passes.
+        autocast: Makes the context for a problem's training passes, from its name.
         scales: Loss scales by problem, where training passes are in float16.
     """
 
@@ -61,7 +61,7 @@ class Gradients:
         passes: PassCount,
         reduce: Reduce,
         activity: Activity,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        autocast: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext(),
         scales: Mapping[str, LossScale] | None = None,
     ) -> None:
         self.problems = problems
@@ -100,9 +100,9 @@ class Gradients:
         value = values[0] if count == 1 else torch.stack(values).mean()
         return Taken(value, mean_metrics(metrics), self.split(flat, names), reached, overflow)
 
-    def autocasts(self) -> bool:
-        """Whether training passes run under autocast, the engine's or the user's."""
-        with self._autocast():
+    def autocasts(self, name: str) -> bool:
+        """Whether a problem's training passes run under autocast, the engine's or the user's."""
+        with self._autocast(name):
             return any(torch.is_autocast_enabled(device.partition(":")[0]) for device in self.devices)
 
     def split(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Gradients:
     def _one(
         self, problem: Problem, batch: Any, inputs: Tensors
     ) -> tuple[Tensor, Mapping[str, Any], Sequence[Tensor | None]]:
-        with self.activity(Work.FORWARD, problem.name), torch.enable_grad(), self._autocast():
+        with self.activity(Work.FORWARD, problem.name), torch.enable_grad(), self._autocast(problem.name):
             value, metrics = problem.evaluate_loss(batch)
         self.passes.forward += 1
         grads: Sequence[Tensor | None] = [None] * len(inputs)

@@ -85,10 +85,10 @@ def check_method(problem: Problem, estimator: Estimator, precision: str, depende
             f"method {estimator.name!r} consumes the updates of problem {problem.name!r}, which has no optimizer"
         )
     update_of(problem.optimizer, problem.parameters)
-    if problem.max_grad_norm is not None and not isinstance(estimator, InnerUpdates):
+    if problem.max_grad_norm is not None and not isinstance(estimator, (InnerUpdates, SAMA)):
         raise ConfigError(
             f"method {estimator.name!r} cannot differentiate through max_grad_norm of problem {problem.name!r}: drop "
-            "one of them, or use 'unrolled' with steps=1"
+            "one of them, or use 'sama', or 'unrolled' with steps=1"
         )
     if estimator.keeps_graph:
         _check_graph(problem, estimator, precision, dependencies)

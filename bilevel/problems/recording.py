@@ -76,7 +76,7 @@ class Recorder:
             result, step = LossGradient(value, metrics, grads, grads), replace(step, graph=graph)
         else:
             # What autocast makes of ∂f/∂λ is no match for the products' full precision.
-            wanted = last and estimator.needs_outer_gradient and not parts.autocasts()
+            wanted = last and estimator.needs_outer_gradient and not parts.autocasts(problem.name)
             others = above if wanted else ()
             result = self.differentiator.total(problem, batches, records, states, active, others)
         if not last:

@@ -53,13 +53,14 @@ OPTIMIZERS = {
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")  # a small network is not convex
 
 
-def double(method, *, module=None, optimizer=None, steps=3, **settings) -> Engine:
+def double(method, *, module=None, optimizer=None, steps=3, clip=None, **settings) -> Engine:
     """The engine of the other tests in float64."""
     torch.manual_seed(0)
     module = copy.deepcopy(module) if module is not None else nn.Linear(4, 3)
     batches = [(x.double(), y) for x, y in data(shuffle=False)]
     decay = Decay(nn.ParameterList([torch.tensor(-2.0).double()]), optimizer=sgd(0.1), data=batches)
-    inner = Classifier(module.double(), steps=steps, optimizer=optimizer or sgd(0.3), data=batches)
+    optimizer = optimizer or sgd(0.3)
+    inner = Classifier(module.double(), steps=steps, optimizer=optimizer, data=batches, max_grad_norm=clip)
     return Engine([decay, inner], settings.pop("config", QUIET), hypergradient=method, **settings)
 
 
@@ -89,6 +90,16 @@ def test_sama_is_one_unrolled_step_of_the_inner_optimizer(optimizer):
         found = implicit_parts(double(SAMA(center="old", difference=difference), **settings))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
         assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [0.1, 1e3], ids=["clipped", "not_reached"])
+def test_sama_differentiates_the_clipping_too(size):
+    settings = {"module": network(), "optimizer": OPTIMIZERS["adam"], "clip": size}
+    expected = implicit_parts(double(Unrolled(steps=1), **settings))
+    found = implicit_parts(double(SAMA(center="old", difference="exact"), **settings))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    free = implicit_parts(double(SAMA(center="old", difference="exact"), **settings | {"clip": None}))
+    assert torch.equal(found, free) == (size == 1e3)
 
 
 @pytest.mark.parametrize("difference", ["exact", "central", "forward"])
@@ -337,7 +348,7 @@ def test_an_optimizer_that_is_not_known_is_refused_at_once():
     engine = make(OneStep(0.1, center="new"), optimizer=lambda params: Mine(params, lr=0.1))
     assert math.isfinite(engine.step().losses["decay"])
     with pytest.raises(ConfigError, match="cannot differentiate through max_grad_norm"):
-        make(SAMA(), max_grad_norm=1.0)
+        make(OneStep(), max_grad_norm=1.0)
 
 
 def test_a_step_must_have_been_made():

@@ -126,7 +126,7 @@ def test_parameters_in_float32(number: int, method: str) -> None:
 
 
 def test_every_registered_method_is_here() -> None:
-    ours = {name for name, cls in available_methods().items() if cls.__module__.startswith("bilevel.")}
+    ours = {name for name, cls in available_methods().items() if cls.__module__.startswith("bilevel.hypergrad.")}
     assert ours == {method.name for method in METHODS}
 
 

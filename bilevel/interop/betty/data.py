@@ -1,0 +1,127 @@
+"""Betty's batches: what ``training_step`` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from bilevel.errors import DataError
+
+__all__ = ["Drawn", "Together", "converted", "share"]
+
+Device = str | torch.device
+
+
+def converted(batch: Any, device: Device) -> Any:
+    """Returns a loader's batch as Betty hands it on: a mapping, or a tuple of what it yields, tensors on the device."""
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return tuple(_moved(value, device) for value in batch)
+
+
+class Together:
+    """One batch of every loader at a time, each loader with epochs of its own.
+
+    Args:
+        loaders: The loaders.
+
+    Attributes:
+        epoch: How many times the first loader has ended.
+    """
+
+    def __init__(self, loaders: Sequence[Iterable[Any]]) -> None:
+        self._loaders = tuple(loaders)
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Yields tuples without end."""
+        self.epoch = 0
+        iterators = [iter(loader) for loader in self._loaders]
+        while True:
+            yield tuple(self._next(iterators, place) for place in range(len(iterators)))
+
+    def _next(self, iterators: list[Iterator[Any]], place: int) -> Any:
+        try:
+            return next(iterators[place])
+        except StopIteration:
+            iterators[place] = iter(self._loaders[place])
+            self.epoch += place == 0
+        try:
+            return next(iterators[place])
+        except StopIteration:
+            raise DataError(f"loader {place} of the tuple yields nothing") from None
+
+
+class Drawn:
+    """Batches that the user's own ``get_batch`` draws.
+
+    Args:
+        get_batch: Called for every batch.
+    """
+
+    def __init__(self, get_batch: Callable[[], Any]) -> None:
+        self._get_batch = get_batch
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields batches without end."""
+        while True:
+            yield self._get_batch()
+
+
+def share(loader: Iterable[Any], rank: int, size: int) -> Iterable[Any]:
+    """Returns every ``size``-th batch of a loader, from the ``rank``-th on; the last incomplete round is left out.
+
+    Args:
+        loader: A ``DataLoader`` over a data set with indices, or a list or tuple of batches.
+        rank: This process.
+        size: All processes.
+
+    Raises:
+        DataError: Something else, which cannot be told apart by batches.
+    """
+    if isinstance(loader, (list, tuple)):
+        return loader[: len(loader) // size * size][rank::size]
+    if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        raise DataError(
+            f"strategy='distributed' gives each process its share of the batches, which a {type(loader).__name__} does "
+            "not allow: use a DataLoader with batches over a data set with indices, or get_batch()"
+        )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_Share(loader.batch_sampler, rank, size),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+class _Share(Sampler[list[int]]):
+    def __init__(self, batches: Iterable[list[int]], rank: int, size: int) -> None:
+        self._batches = batches
+        self._rank = rank
+        self._size = size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        kept = None
+        for place, batch in enumerate(self._batches):
+            if place % self._size == self._rank:
+                kept = batch
+            if place % self._size == self._size - 1:
+                assert kept is not None
+                yield kept
+
+    def __len__(self) -> int:
+        return len(self._batches) // self._size  # type: ignore[arg-type]
+
+
+def _moved(value: Any, device: Device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

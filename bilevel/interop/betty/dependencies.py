@@ -1,0 +1,211 @@
+"""The declared graph: which problem is over which, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bilevel.errors import ConfigError, GraphError, unknown_name
+
+if TYPE_CHECKING:
+    from bilevel.interop.betty.problems import Problem
+    from bilevel.problems import Dependencies
+
+__all__ = ["Declared", "declared"]
+
+KINDS = ("u2l", "l2u")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What ``u2l`` and ``l2u`` say, by names.
+
+    Attributes:
+        names: All problems, each after those above it.
+        parents: By problem, those that step after it (its values in ``l2u``), in the order declared.
+        children: By problem, those that step before it.
+        paths: By problem, the chains along which its hypergradient flows, each from the problem itself down to one in
+            its ``u2l`` and back up to it.
+    """
+
+    names: tuple[str, ...]
+    parents: Mapping[str, tuple[str, ...]]
+    children: Mapping[str, tuple[str, ...]]
+    paths: Mapping[str, tuple[tuple[str, ...], ...]]
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The problems with none below them: each makes one step an iteration."""
+        return tuple(name for name in self.children if not self.children[name])
+
+    def check(self, found: Dependencies) -> None:
+        """Raises where a loss reads what the declaration leaves out.
+
+        Args:
+            found: What evaluating the losses has shown.
+
+        Raises:
+            GraphError: A ``training_step`` uses the parameters of a problem to which no dependency leads.
+        """
+        for name, reach in found.reach.items():
+            for other in reach - {name}:
+                if other not in self._related(name):
+                    raise GraphError(
+                        f"missing dependency: training_step of {name!r} uses the parameters of {other!r}, and neither "
+                        f"u2l nor l2u connects them. If {name!r} is above, declare u2l {{{name}: [{other}]}} and l2u "
+                        f"{{{other}: [{name}]}}; if it is below, the other way round; if {other!r} is to be a constant "
+                        "there, use it under torch.no_grad()."
+                    )
+
+    def _related(self, name: str) -> set[str]:
+        """Returns the problems on chains through one: all above it and all below it."""
+        return _closure(name, self.parents) | _closure(name, self.children)
+
+
+def declared(problems: Sequence[Problem], dependencies: Mapping[str, Mapping[Problem, Iterable[Problem]]]) -> Declared:
+    """Reads ``{"u2l": {upper: [lower, …]}, "l2u": {lower: [upper, …]}}``.
+
+    Args:
+        problems: All problems of the engine.
+        dependencies: The declaration.
+
+    Raises:
+        ConfigError: No such mapping; the message names the field.
+        UnknownNameError: Another field than ``u2l`` and ``l2u``.
+        GraphError: A problem that is not among the engine's, an edge of a problem to itself, a cycle, an edge downwards
+            with no way up again, or a problem that no hypergradient reaches.
+    """
+    edges = {kind: _edges(kind, problems, dependencies) for kind in _checked_kinds(dependencies)}
+    order = [problem.name for problem in problems]
+    up, down = edges["l2u"], edges["u2l"]
+    parents = {name: up.get(name, ()) for name in order}
+    children = {name: tuple(low for low in up if name in up[low]) for name in order}
+    _refuse_cycle(order, parents)
+    paths = {name: _paths(name, down.get(name, ()), parents) for name in order}
+    _refuse_idle(order, paths)
+    return Declared(_topological(order, parents), parents, children, paths)
+
+
+def _checked_kinds(dependencies: object) -> Sequence[str]:
+    if not isinstance(dependencies, Mapping):
+        raise ConfigError(
+            "dependencies must be a mapping {'u2l': {upper: [lower, ...]}, 'l2u': {lower: [upper, ...]}}, not "
+            f"{dependencies!r}"
+        )
+    for kind in dependencies:
+        if kind not in KINDS:
+            raise unknown_name("field of dependencies:", str(kind), KINDS)
+    for kind in KINDS:
+        if kind not in dependencies:
+            raise ConfigError(
+                f"missing dependency: dependencies has no field {kind!r}. Both are needed: 'u2l' says through which "
+                "lower problems an upper one is differentiated, 'l2u' after which lower problems it steps"
+            )
+    return KINDS
+
+
+def _edges(
+    kind: str, problems: Sequence[Problem], dependencies: Mapping[str, Mapping[Problem, Iterable[Problem]]]
+) -> dict[str, tuple[str, ...]]:
+    known = {id(problem) for problem in problems}
+    given = dependencies[kind]
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"dependencies[{kind!r}] must be a mapping from problems to lists of problems, not {given!r}")
+    edges: dict[str, tuple[str, ...]] = {}
+    for key, values in given.items():
+        if not isinstance(values, (list, tuple, set, frozenset)):
+            raise ConfigError(f"dependencies[{kind!r}][{_shown(key)}] must be a list of problems, not {_shown(values)}")
+        for problem in (key, *values):
+            if id(problem) not in known:
+                choices = ", ".join(repr(other.name) for other in problems)
+                raise GraphError(
+                    f"dependencies[{kind!r}] names {_shown(problem)}, which is none of the engine's problems: {choices}"
+                )
+        names = tuple(dict.fromkeys(value.name for value in values))
+        if key.name in names:
+            raise GraphError(f"cyclic dependency: dependencies[{kind!r}] makes {key.name!r} depend on itself")
+        edges[key.name] = names
+    return edges
+
+
+def _refuse_cycle(order: Sequence[str], parents: Mapping[str, Sequence[str]]) -> None:
+    done: set[str] = set()
+
+    def visit(name: str, chain: tuple[str, ...]) -> None:
+        if name in chain:
+            cycle = " → ".join((*chain[chain.index(name) :], name))
+            raise GraphError(
+                f"cyclic dependency: dependencies['l2u'] leads from {name!r} back to it ({cycle}). A lower problem "
+                "steps before the upper ones; take one of these edges out, or put it into 'u2l' alone."
+            )
+        if name not in done:
+            for parent in parents[name]:
+                visit(parent, (*chain, name))
+            done.add(name)
+
+    for name in order:
+        visit(name, ())
+
+
+def _paths(name: str, lowers: Sequence[str], parents: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """Returns the ways up from every problem in ``lowers`` to one, from the top: ``(name, lower, …, name)``."""
+    found: list[tuple[str, ...]] = []
+
+    def climb(chain: tuple[str, ...]) -> None:
+        for parent in parents[chain[-1]]:
+            if parent == name:
+                found.append((name, *chain, name))
+            else:
+                climb((*chain, parent))
+
+    for lower in lowers:
+        before = len(found)
+        climb((lower,))
+        if len(found) == before:
+            raise GraphError(
+                f"missing dependency: dependencies['u2l'] says that {name!r} is differentiated through {lower!r}, but "
+                f"no chain in dependencies['l2u'] leads from {lower!r} up to {name!r}. Add {lower!r}: [{name!r}] to it."
+            )
+    return tuple(found)
+
+
+def _refuse_idle(order: Sequence[str], paths: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Raises for a problem through which and to which no hypergradient flows."""
+    reached = {name for several in paths.values() for path in several for name in path}
+    idle = [name for name in order if name not in reached]
+    if idle:
+        raise GraphError(
+            f"missing dependency: no hypergradient flows to or through problem {idle[0]!r}. dependencies['u2l'] must "
+            "name, for every problem above others, the lower problems that its loss uses; with dependencies['l2u'] "
+            "they lead back to it. Or train it by itself, without the engine."
+        )
+
+
+def _topological(order: Sequence[str], parents: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    placed: list[str] = []
+
+    def place(name: str) -> None:
+        if name not in placed:
+            for parent in parents[name]:
+                place(parent)
+            placed.append(name)
+
+    for name in order:
+        place(name)
+    return tuple(placed)
+
+
+def _closure(name: str, edges: Mapping[str, Sequence[str]]) -> set[str]:
+    found: set[str] = set()
+    stack = [name]
+    while stack:
+        for other in edges[stack.pop()]:
+            if other not in found:
+                found.add(other)
+                stack.append(other)
+    return found
+
+
+def _shown(value: object) -> str:
+    return repr(getattr(value, "name", value))

@@ -1,0 +1,381 @@
+"""Betty's ``Engine``, run by ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bilevel import distributed
+from bilevel.callbacks import Callback
+from bilevel.errors import ConfigError, GraphError
+from bilevel.interop.betty.clock import Clock, Pace, Turn
+from bilevel.interop.betty.configs import Config, EngineConfig
+from bilevel.interop.betty.dependencies import Declared, declared
+from bilevel.interop.betty.driver import Driver
+from bilevel.interop.betty.envs import Env
+from bilevel.interop.betty.level import Level
+from bilevel.interop.betty.log import Log, line
+from bilevel.interop.betty.patience import Patience
+from bilevel.interop.betty.problems import IterativeProblem, Problem
+from bilevel.result import Hypergradient, StepResult
+from bilevel.settings import EngineConfig as Settings
+
+__all__ = ["Engine"]
+
+Edges = Mapping[Problem, Iterable[Problem]]
+
+
+class Engine:
+    """Runs problems as Betty does: same loop, same counting; gradients, data and state are our engine's.
+
+    Subclass it and write ``validation(self)``, which is called every ``valid_step`` iterations in evaluation mode and
+    returns a mapping of numbers (or None). Problems are attributes by their names, here and among each other.
+
+    Args:
+        problems: All problems.
+        config: Betty's settings.
+        dependencies: ``{"u2l": {upper: [lower, …]}, "l2u": {lower: [upper, …]}}``.
+        env: What the problems share.
+        settings: Our engine's further settings: seed of the data, what happens where a solve fails, and so on. Its
+            ``steps``, ``precision``, ``evaluate_every`` and ``hypergradient_batch`` are Betty's business and stay as
+            they are by default. By default no progress bar is shown.
+        callbacks: Our callbacks (checkpoints, logs, plots); a step is an iteration.
+
+    Raises:
+        ConfigError: A setting of the wrong type, or that is not supported; the message names field and choices.
+        GraphError: Dependencies that are cyclic, incomplete, or not what the losses use.
+
+    Example:
+        >>> import torch
+        >>> from bilevel.interop.betty import Config, Engine, EngineConfig, ImplicitProblem
+        >>> class Outer(ImplicitProblem):
+        ...     def training_step(self, batch):
+        ...         return (self.inner.module.weight - 1.0).square().sum()
+        >>> class Inner(ImplicitProblem):
+        ...     def training_step(self, batch):
+        ...         return (self.module.weight - self.outer.module.weight).square().sum() / 2
+        >>> def part(kind, name, config):
+        ...     module = torch.nn.Linear(1, 1, bias=False)
+        ...     sgd = torch.optim.SGD(module.parameters(), lr=0.5)
+        ...     return kind(name, config, module, sgd, train_data_loader=[(0,)])
+        >>> outer, inner = part(Outer, "outer", Config()), part(Inner, "inner", Config(type="cg", unroll_steps=20))
+        >>> dependencies = {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
+        >>> engine = Engine([outer, inner], EngineConfig(train_iters=100), dependencies)  # doctest: +ELLIPSIS
+        [...
+        >>> engine.run()  # doctest: +ELLIPSIS
+        [...
+        >>> round(float(outer.module.weight.detach()), 3)
+        1.0
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        config: EngineConfig | None = None,
+        dependencies: Mapping[str, Edges] | None = None,
+        env: Env | None = None,
+        *,
+        settings: Settings | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = EngineConfig() if config is None else config
+        self.problems = list(problems)
+        self.env = env
+        _check_arguments(self.problems, self.config, settings)
+        self.dependencies = dependencies
+        self.graph: Declared = declared(self.problems, {} if dependencies is None else dependencies)
+        _check_problems(self.problems, self.graph, self.config)
+        self._began_group = _join(self.config)
+        self.device = _device(self.config)
+        self.logger = Log(self.config.logger_type, quiet=not self.is_rank_zero())
+        self.early_stopping = Patience(
+            self.config.early_stopping_metric, self.config.early_stopping_mode, self.config.early_stopping_tolerance
+        )
+        self._continues = False
+        self._initialise()
+        self.driver = self._build(settings, callbacks)
+        self._report()
+
+    def run(self, iterations: int | None = None) -> None:
+        """Runs ``config.train_iters`` iterations; after :meth:`load` or :meth:`resume`, those that are left of them.
+
+        Ends early where validation no longer improves (if the configuration says so) or a signal comes (Ctrl-C), and
+        raises what our engine's :meth:`~bilevel.Engine.run` raises.
+
+        Args:
+            iterations: How many, if not that.
+        """
+        if iterations is None:
+            iterations = self.config.train_iters - (self.global_step if self._continues else 0)
+        self._continues = False
+        if iterations < 1:
+            self.logger.info(f"Nothing to do: {self.global_step} iterations have been made")
+            return
+        self.train()
+        try:
+            self.driver.run(iterations)
+        finally:
+            self.cleanup()
+
+    def train_step(self) -> StepResult:
+        """Makes one iteration: a batch of every lowest problem, and of those above that are due.
+
+        Returns:
+            What our engine reports of it. Validation is the caller's business.
+        """
+        return self.driver.step()
+
+    @property
+    def global_step(self) -> int:
+        """Iterations so far."""
+        return self.driver.step_count
+
+    @property
+    def leaves(self) -> list[Problem]:
+        """The problems with none below them."""
+        return self.named(self.graph.leaves)
+
+    def train(self) -> None:
+        """Puts all problems into training mode."""
+        for problem in self.problems:
+            problem.train()
+
+    def eval(self) -> None:
+        """Puts all problems into evaluation mode."""
+        for problem in self.problems:
+            problem.eval()
+
+    def do_validation(self) -> bool:
+        """Whether this process validates: the first one, where there is a ``validation`` method."""
+        return self.is_implemented("validation") and self.is_rank_zero()
+
+    def hypergradient(self, problem: str | None = None) -> Hypergradient:
+        """Returns the present hypergradient of a problem; see :meth:`bilevel.Engine.hypergradient`."""
+        return self.driver.hypergradient(problem)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the complete state: see :meth:`bilevel.Engine.save`."""
+        self.driver.save(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Continues from a state that :meth:`save` wrote: see :meth:`bilevel.Engine.load`."""
+        self.driver.load(path)
+        self._continues = True
+
+    def resume(self, folder: str | os.PathLike[str]) -> int | None:
+        """Continues from the newest good checkpoint in a folder: see :meth:`bilevel.Engine.resume`."""
+        steps = self.driver.resume(folder)
+        self._continues = steps is not None
+        return steps
+
+    def is_rank_zero(self) -> bool:
+        """Whether this is the only process, or the first."""
+        return distributed.rank() == 0
+
+    def is_implemented(self, fn_name: str) -> bool:
+        """Whether the engine has a method of this name."""
+        return callable(getattr(self, fn_name, None))
+
+    def cleanup(self) -> None:
+        """Flushes the log."""
+        self.logger.close()
+        self.logger.info("Multilevel optimization finished!")
+
+    def set_dependency(self, dependencies: Mapping[str, Edges]) -> None:
+        """Is refused: make the engine again.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("dependencies are fixed when the engine is made: make it again with the new ones")
+
+    def named(self, names: Iterable[str]) -> list[Problem]:
+        """Returns problems by their names."""
+        known = {problem.name: problem for problem in self.problems}
+        return [known[name] for name in names]
+
+    def count(self, name: str) -> int:
+        """Returns the number of a problem's steps so far."""
+        return self._clock.counts[name]
+
+    def __repr__(self) -> str:
+        """Names the problems."""
+        return f"{type(self).__name__}([{', '.join(problem.name for problem in self.problems)}])"
+
+    def _initialise(self) -> None:
+        env = self.env
+        for problem in self.problems:
+            for owner in (self, *(other for other in self.problems if other is not problem)):
+                if hasattr(owner, problem.name):
+                    raise ConfigError(
+                        f"a problem cannot be named {problem.name!r}: this is an attribute of {type(owner).__name__}"
+                    )
+        for problem in self.problems:
+            for owner in (self, env, *(other for other in self.problems if other is not problem)):
+                if owner is not None:
+                    setattr(owner, problem.name, problem)
+        if env is not None:
+            env.configure_device(self.device)
+            env.initialize()
+        for problem in self.problems:
+            problem._engine = self
+            problem.device, problem.env, problem.logger = self.device, env, self.logger
+            problem.initialize()
+
+    def _build(self, settings: Settings | None, callbacks: Sequence[Callback]) -> Driver:
+        known = {problem.name: problem for problem in self.problems}
+        paces = {
+            name: Pace(problem.config.unroll_steps * problem.config.gradient_accumulation, problem.config.warmup_steps)
+            for name, problem in known.items()
+        }
+        self._clock = Clock(self.graph, paces)
+        levels = [self._level(known[name]) for name in self.graph.names]
+        levels[0].after_step = self._after_iteration
+        first = replace(settings or Settings(progress=False), steps=self.config.train_iters)
+        driver = Driver(levels, self.graph, self._clock, first, callbacks, self._told, self.early_stopping)
+        _broadcast(levels)
+        return driver
+
+    def _level(self, problem: Problem) -> Level:
+        parents, children = self.graph.parents[problem.name], self.graph.children[problem.name]
+        level = Level(
+            problem,
+            has_parents=bool(parents),
+            has_children=bool(children),
+            rank=distributed.rank(),
+            size=distributed.size(),
+        )
+        level.rolls_back = self.config.roll_back and bool(parents)
+        return level
+
+    def _told(self, turn: Turn, values: Mapping[str, Any]) -> None:
+        problem = self.driver.levels[turn.name].user
+        step = problem.config.log_step
+        if step > 0 and turn.count % step == 0:
+            problem.log(values, self.global_step + 1)
+
+    def _after_iteration(self) -> None:
+        if not self.is_implemented("validation") or self.global_step % self.config.valid_step:
+            return
+        stats: Mapping[str, Any] = {}
+        if self.do_validation():
+            self.eval()
+            try:
+                stats = self.validation() or {}  # type: ignore[attr-defined]
+            finally:
+                self.train()
+            self.logger.info(f"[Validation] [Global Step {self.global_step}] {line(stats)}")
+            self.logger.log(stats, tag="validation", step=self.global_step)
+        if self.config.early_stopping and self._agreed(self.is_rank_zero() and self.early_stopping(stats)):
+            self.logger.info("Early stopping is executed!")
+            self.driver.stop("early stopping")
+
+    def _agreed(self, stop: bool) -> bool:
+        """Returns what the first process says."""
+        if distributed.size() == 1:
+            return stop
+        said = [stop]
+        dist.broadcast_object_list(said, 0)
+        return said[0]
+
+    def _report(self) -> None:
+        for problem in self.problems:
+            uppers, lowers = ([other.name for other in several] for several in (problem.parents, problem.children))
+            paths = [[other.name for other in path] for path in problem.paths]
+            self.logger.info(f"Problem {problem.name!r}: uppers {uppers}, lowers {lowers}, paths {paths}")
+
+
+def _check_arguments(problems: Sequence[object], config: object, settings: object) -> None:
+    if not isinstance(config, EngineConfig):
+        raise ConfigError(
+            f"config must be a bilevel.interop.betty.EngineConfig, not {type(config).__name__}; our engine's own "
+            "settings go to settings="
+        )
+    config.check()
+    for problem in problems:
+        if not isinstance(problem, Problem):
+            raise GraphError(
+                f"problems must be instances of bilevel.interop.betty's problem classes; got a {type(problem).__name__}"
+            )
+        problem.config.check()
+        if problem._engine is not None:
+            raise GraphError(f"problem {problem.name!r} belongs to another engine already: make problems anew")
+    names = [problem.name for problem in problems if isinstance(problem, Problem)]
+    for name in names:
+        if names.count(name) > 1:
+            raise GraphError(f"two problems are named {name!r}")
+    if settings is None:
+        return
+    if not isinstance(settings, Settings):
+        raise ConfigError(f"settings must be a bilevel.EngineConfig, not {type(settings).__name__}")
+    plain = Settings()
+    for field, instead in (
+        ("steps", "EngineConfig.train_iters"),
+        ("precision", "Config.precision of each problem"),
+        ("evaluate_every", "EngineConfig.valid_step"),
+    ):
+        if getattr(settings, field) != getattr(plain, field):
+            raise ConfigError(f"settings.{field} has no meaning here: it is {instead} that says so. Leave it out")
+
+
+def _check_problems(problems: Sequence[Problem], graph: Declared, config: EngineConfig) -> None:
+    known = {problem.name: problem for problem in problems}
+    for name, problem in known.items():
+        settings: Config = problem.config
+        over = [path[-2] for path in graph.paths[name]]
+        plain = [other for other in over if not isinstance(known[other], IterativeProblem)]
+        if not settings.first_order and plain:
+            raise ConfigError(
+                f"Config.first_order=False of problem {name!r} is not supported over {plain[0]!r}, which is no "
+                "IterativeProblem: Betty drops the hypergradient there without a word. Choices: True. To train without "
+                "it, use the lower problem under torch.no_grad()"
+            )
+        middle = graph.parents[name] and graph.children[name]
+        if config.roll_back and (middle or len(graph.parents[name]) > 1):
+            raise ConfigError(
+                f"EngineConfig.roll_back=True is for two levels, with one problem above each; {name!r} stands between "
+                "others or below several. Choices: False"
+            )
+        if isinstance(problem, IterativeProblem) and graph.parents[name] and settings.precision != "fp32":
+            raise ConfigError(
+                f"Config.precision={settings.precision!r} is not supported for {name!r}, whose updates are "
+                "differentiated one by one. Choices: 'fp32'"
+            )
+
+
+def _broadcast(levels: Sequence[Level]) -> None:
+    """Lets all processes begin with the first one's parameters and buffers."""
+    if distributed.size() > 1:
+        for level in levels:
+            for tensor in level.module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+def _join(config: EngineConfig) -> bool:
+    """Joins the process group, if the configuration asks for one and there is none; whether it did."""
+    if config.strategy != "distributed" or dist.is_initialized():
+        return False
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            "EngineConfig.strategy='distributed' needs the processes that torchrun starts: run the program by "
+            "torchrun, or choose 'default', 'cpu' or 'gpu'"
+        )
+    dist.init_process_group(config.backend)
+    return True
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.strategy == "cpu" or (config.strategy == "distributed" and config.backend == "gloo"):
+        return torch.device("cpu")
+    if config.strategy == "default" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"EngineConfig.strategy={config.strategy!r} needs a CUDA device, and torch finds none")
+    if config.strategy == "distributed":
+        return torch.device("cuda", distributed.rank() % torch.cuda.device_count())
+    return torch.device("cuda")

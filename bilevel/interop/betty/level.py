@@ -1,0 +1,233 @@
+"""A Betty problem as a problem of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.data import BatchStream
+from bilevel.errors import ConfigError, ParameterError
+from bilevel.hypergrad import Estimator, Unrolled
+from bilevel.interop.betty.data import Drawn, Together, converted, share
+from bilevel.interop.betty.methods import method_of
+from bilevel.interop.betty.problems import IterativeProblem
+from bilevel.interop.betty.problems import Problem as BettyProblem
+from bilevel.problems import Problem
+from bilevel.result import StepResult
+from bilevel.vector import Tensors, add
+
+__all__ = ["Level", "Pending"]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The beginning of an accumulation.
+
+    Attributes:
+        gradients: The sum so far, of shares; None where a batch's gradients overflowed, and the update is left out.
+        count: How many batches went into it.
+    """
+
+    gradients: Tensors | None
+    count: int
+
+
+class Level(Problem):
+    """Runs a Betty problem: batches as it expects them, its callbacks, its accumulation.
+
+    An update of this problem is one batch: the optimiser steps with every ``gradient_accumulation``-th. Where the
+    method follows the updates themselves, they are made of that many batches each (``accumulate``) instead.
+
+    Args:
+        user: The user's problem, initialised.
+        has_parents: Whether problems are above it.
+        has_children: Whether problems are below it.
+        rank: This process.
+        size: All processes.
+
+    Raises:
+        ConfigError: A setting that is not supported where the problem stands.
+        ParameterError: Parameters to train that the optimiser does not hold.
+    """
+
+    def __init__(self, user: BettyProblem, *, has_parents: bool, has_children: bool, rank: int = 0, size: int = 1):
+        assert user.module is not None
+        config = user.config
+        method = _method(user) if has_parents else None
+        follows = method is not None and method.needs_trajectory
+        _check(user, method, has_children=has_children)
+        _restrict(user)
+        self.user = user
+        self.together: Together | None = None
+        super().__init__(
+            user.module,
+            optimizer=user.optimizer,
+            data=self._data(rank, size),
+            scheduler=user.scheduler,
+            steps=config.unroll_steps if has_parents else 1,
+            hypergradient=method,
+            name=user.name,
+            max_grad_norm=config.gradient_clipping if follows and config.gradient_clipping > 0.0 else None,
+            accumulate=config.gradient_accumulation if follows else 1,
+        )
+        user._owned = self.parameter_names
+        self.pending: dict[str, Pending] = {}
+        self.rolls_back = False
+        self.after_step: Callable[[], None] | None = None
+        self.epoch = 0
+        self._changes = config.gradient_clipping > 0.0 or any(
+            user.is_implemented(hook) for hook in ("grad_callback", "custom_optimizer_step")
+        )
+
+    @property
+    def batches_an_update(self) -> int:
+        """Batches for one step of the optimiser."""
+        return self.user.config.gradient_accumulation
+
+    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
+        """Calls the user's ``training_step`` with a batch as Betty hands it on."""
+        user = self.user
+        user.cur_batch = self._received(batch)
+        return user.training_step(user.cur_batch)
+
+    def restart(self) -> None:
+        """Begins an inner loop."""
+        if self.user.is_implemented("on_inner_loop_start"):
+            self.user.on_inner_loop_start()  # type: ignore[attr-defined]
+
+    def on_step_end(self, result: StepResult) -> None:
+        """Tells the engine that an iteration is complete, where it asked for it."""
+        if self.after_step is not None:
+            self.after_step()
+
+    def begin_epoch(self, stream: BatchStream) -> None:
+        """Calls the user's ``epoch_callback``, where the batch drawn last is the first of another epoch."""
+        epoch = stream.epoch if self.together is None else self.together.epoch
+        if epoch > self.epoch and self.user.is_implemented("epoch_callback"):
+            self.user.epoch_callback()  # type: ignore[attr-defined]
+        self.epoch = epoch
+
+    def update(self, gradients: Sequence[Tensor], values: Mapping[str, Any]) -> None:
+        """Adds a batch's gradients, lets the user see them, and steps where they complete an update.
+
+        Args:
+            gradients: One a parameter, of the batch's loss; of the mean over all batches where ``accumulate`` says so.
+            values: What the loss returned, for a scheduler that asks for a metric.
+        """
+        parts = self.batches_an_update // self.accumulate
+        share_of_all = tuple(gradients) if parts == 1 else tuple(part / parts for part in gradients)
+        before = self.pending.pop("gradients", None)
+        if before is not None and before.gradients is not None:
+            share_of_all = add(before.gradients, share_of_all)
+        spoilt = before is not None and before.gradients is None
+        count = 1 + (0 if before is None else before.count)
+        assert self.stepper is not None
+        grads = self.stepper.own(share_of_all, changed=self._changes)
+        with self.stepper.holding(grads):
+            if self.user.is_implemented("grad_callback"):
+                share_of_all = self._after_callback(share_of_all)
+            if count == parts and not spoilt:
+                self.user.optimizer_step()
+                if self.user.is_implemented("param_callback"):
+                    self.user.param_callback()  # type: ignore[attr-defined]
+                self.user.zero_grad()
+                self.num_updates += 1
+        self._end(None if spoilt else share_of_all, count, parts, values)
+
+    def _after_callback(self, gradients: Tensors) -> Tensors:
+        """Lets the user change the gradients, and returns what they are then.
+
+        Raises:
+            ConfigError: They have changed, and the method differentiates an update that is made with the ones taken.
+        """
+        self.user.grad_callback()  # type: ignore[attr-defined]
+        after = tuple(torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters)
+        method = self.hypergradient
+        if method is not None and method.needs_trajectory and not all(map(torch.equal, gradients, after)):
+            raise ConfigError(
+                f"grad_callback() of problem {self.name!r} has changed the gradients, and the problem is "
+                f"differentiated by its updates (method {method.name!r}), "
+                "which does not see that: use another type, or only look"
+            )
+        return after
+
+    def leave_out(self, values: Mapping[str, Any]) -> None:
+        """Counts a batch whose gradients overflowed: the update that it belongs to is left out."""
+        before = self.pending.pop("gradients", None)
+        count = 1 + (0 if before is None else before.count)
+        self._end(None, count, self.batches_an_update // self.accumulate, values)
+
+    def _end(self, total: Tensors | None, count: int, parts: int, values: Mapping[str, Any]) -> None:
+        if count < parts:
+            self.pending["gradients"] = Pending(total, count)
+        if self.stepper is not None and not self.rolls_back:
+            for _ in range(self.accumulate):  # Betty's schedulers count batches
+                self.stepper.advance_scheduler(values)
+
+    def _received(self, batch: Any) -> Any:
+        if self.user.draws_itself:
+            return batch
+        if self.together is not None:
+            return tuple(converted(part, self.user.device) for part in batch)
+        return converted(batch, self.user.device)
+
+    def _data(self, rank: int, size: int) -> Iterable[Any]:
+        user = self.user
+        if user.draws_itself:
+            return Drawn(user.get_batch)
+        loaders = user._loaders
+        if size > 1:
+            loaders = tuple(share(loader, rank, size) for loader in loaders)
+        if len(loaders) == 1:
+            return loaders[0]
+        self.together = Together(loaders)
+        return self.together
+
+
+def _method(user: BettyProblem) -> Estimator:
+    if not isinstance(user, IterativeProblem):
+        return method_of(user.config)
+    kind = user.config.type
+    if isinstance(kind, Estimator) and kind.needs_trajectory:
+        return kind
+    return Unrolled()
+
+
+def _check(user: BettyProblem, method: Estimator | None, *, has_children: bool) -> None:
+    name, config = user.name, user.config
+    if type(user).meta_trainable_parameters is not BettyProblem.meta_trainable_parameters:
+        raise ConfigError(
+            f"meta_trainable_parameters() of problem {name!r} is not supported: hypergradients flow through all "
+            "parameters that the problem trains. Give those that it is to leave out to a problem of their own, or "
+            "freeze them"
+        )
+    if method is None or not method.needs_trajectory:
+        return
+    how = f"problem {name!r} is differentiated by its updates (method {method.name!r})"
+    if user.is_implemented("custom_optimizer_step"):
+        raise ConfigError(f"{how}, which custom_optimizer_step() makes in a way that is not known: use another type")
+    if has_children and config.gradient_accumulation > 1:
+        raise ConfigError(
+            f"{how} and has problems below it, which move between the batches of Config.gradient_accumulation="
+            f"{config.gradient_accumulation}: set it to 1, or use another type"
+        )
+
+
+def _restrict(user: BettyProblem) -> None:
+    """Takes the parameters out of the optimiser that an overridden ``trainable_parameters`` leaves out."""
+    assert user.optimizer is not None
+    if type(user).trainable_parameters is BettyProblem.trainable_parameters:
+        return
+    trained = {id(p) for p in user.trainable_parameters()}
+    held = {id(p) for group in user.optimizer.param_groups for p in group["params"]}
+    if trained - held:
+        raise ParameterError(
+            f"trainable_parameters() of problem {user.name!r} returns {len(trained - held)} tensors that its optimizer "
+            "does not hold, and that would never move. Give them to the optimizer"
+        )
+    for group in user.optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in trained]

@@ -1,0 +1,45 @@
+"""Betty's early stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from bilevel.errors import unknown_name
+
+__all__ = ["Patience"]
+
+
+class Patience:
+    """Counts validations without improvement.
+
+    Args:
+        metric: Name of a number that ``validation`` returns.
+        mode: ``"min"`` or ``"max"``: which values are better.
+        tolerance: At how many validations in a row without improvement to stop.
+    """
+
+    def __init__(self, metric: str, mode: str, tolerance: int) -> None:
+        self.metric = metric
+        self.mode = mode
+        self.tolerance = tolerance
+        self.best: float | None = None
+        self.counter = 0
+
+    def __call__(self, validation_stats: Mapping[str, Any]) -> bool:
+        """Looks at a validation, and says whether to stop. NaN is no improvement.
+
+        Raises:
+            UnknownNameError: The metric is not among the numbers.
+        """
+        if self.metric not in validation_stats:
+            raise unknown_name("value of EngineConfig.early_stopping_metric", self.metric, validation_stats)
+        value = float(validation_stats[self.metric])
+        best = self.best
+        better = not math.isnan(value) and (best is None or (value < best if self.mode == "min" else value > best))
+        if better:
+            self.best, self.counter = value, 0
+        else:
+            self.counter += 1
+        return self.counter >= self.tolerance
