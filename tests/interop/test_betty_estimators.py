@@ -34,8 +34,10 @@ from bilevel import (
     hypergradient,
 )
 from bilevel.errors import BilevelWarning, ConfigError, NonFiniteError, UnknownNameError
-from bilevel.hypergrad import available_methods
+from bilevel.functional import FunctionObjective, PassCount, leaves
+from bilevel.hypergrad import InnerProblem, available_methods
 from bilevel.interop.betty.estimators import BettyCG, BettyDarts, BettyNeumann, BettySAMA
+from bilevel.randomness import Replay
 from tests.bilevel.strategies import DOUBLE, EPSILON, Sample, forall, make_quadratic, samples
 from tests.contract.contract import STRUCTURES, EstimatorContract, flat, operator_norm, solve
 
@@ -387,6 +389,48 @@ def test_what_rounding_swallows_is_told() -> None:
     losses = (lambda w, lam: (w - lam).square().sum() / 2), lambda w, lam: w.sum()
     assert hypergradient(*losses, w, w.clone(), BettyDarts(1e-3)).info.status is Status.INACCURATE
     assert hypergradient(*losses, w.double(), w.double(), BettyDarts(1e-3)).info.status is Status.NOT_APPLICABLE
+
+
+def test_rounding_is_that_along_the_direction_which_sama_takes() -> None:
+    # v is large where the rate is zero and rounding would swallow everything; Dv is not.
+    class Above(Problem):
+        def loss(self, batch: Any) -> Tensor:
+            return 1e3 * self.below.module[0].sum() + self.below.module[1].sum()
+
+    class Below(Problem):
+        def loss(self, batch: Any) -> Tensor:
+            huge, small = self.module
+            return (1e-8 * huge).sum() + (small - self.above.module[0]).square().sum()
+
+    above = nn.ParameterList([torch.full((2,), 0.1)])
+    below = nn.ParameterList([torch.full((2,), 1e8), torch.full((2,), 0.2)])
+    adam = torch.optim.Adam([{"params": [below[0]], "lr": 0.0}, {"params": [below[1]], "lr": 0.01}])
+    problems = [
+        Above(above, optimizer=torch.optim.SGD(above.parameters(), lr=0.01)),
+        Below(below, optimizer=adam),
+    ]
+    engine = Engine(problems, EngineConfig(progress=False), hypergradient=BettySAMA(0.1))
+    engine.step()
+    info = engine.step().solves["below"]
+    assert info.status is Status.NOT_APPLICABLE
+    assert "alpha 0.1" in info.message
+
+
+def test_products_are_averaged_over_ranks() -> None:
+    w = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE)
+    for method in (BettyDarts(), BettyNeumann(), BettyCG()):
+        values = []
+        for factor in (1.0, 0.5):
+            objective = FunctionObjective(
+                lambda w, lam: inner_quadratic(w[0], lam[0]),
+                "the inner problem",
+                Replay(("cpu",)),
+                PassCount(),
+                lambda tensors, factor=factor: tuple(factor * part for part in tensors),
+            )
+            response = method.respond(InnerProblem(objective, leaves((w,)), leaves((w,))))
+            values.append(response.pullback((torch.ones(3, dtype=DOUBLE),), {}).value[0])
+        torch.testing.assert_close(values[1], values[0] / 2, rtol=1e-14, atol=0)
 
 
 def test_all_passes_see_the_same_dropout_masks() -> None:
