@@ -116,7 +116,7 @@ class Engine:
         self._records: dict[str, InnerRecord] = {}
         self._snapshot = Snapshot(problems, every, self._gradients.devices, self.streams, self.scales, self.passes)
         policy = SolvePolicy(self.config, lambda: self.step_count + 1)
-        self._planner = Planner(self.problems, self._gradients, self.config, policy, lambda: self.hypergradient_method)
+        self._planner = self._new_planner(policy)
         for problem in problems:
             problem.attach(self.problems)
         self._planner.plan_early(Feed(self.streams))
@@ -345,6 +345,9 @@ class Engine:
                 del step, shown
         self._snapshot.drop()
         return step.report, None
+
+    def _new_planner(self, policy: SolvePolicy) -> Planner:
+        return Planner(self.problems, self._gradients, self.config, policy, lambda: self.hypergradient_method)
 
     def _new_step(self, differentiator: Differentiator, feed: Feed) -> Step:
         watched = any(type(c).on_hypergradient is not Callback.on_hypergradient for c in self.callbacks)

@@ -76,6 +76,10 @@ class Planner:
             if all(problem.data is not None for problem in self._problems.values()):
                 raise
 
+    def _dependencies(self, feed: Feed) -> Dependencies:
+        batches = {name: feed.peek(name) for name in self._problems}
+        return discover(list(self._problems.values()), self._gradients.slots, batches)
+
     def _methods(self, dependencies: Dependencies) -> dict[str, Estimator]:
         return {name: self._problems[name].hypergradient or self._default() for name in dependencies.inner}
 
@@ -86,8 +90,7 @@ class Planner:
     def _discover(self, feed: Feed) -> tuple[Differentiator, Round]:
         check_structure(self._problems, self._config.evaluate_every)
         with preserved(self._gradients.devices):
-            batches = {name: feed.peek(name) for name in self._problems}
-            dependencies = discover(list(self._problems.values()), self._gradients.slots, batches)
+            dependencies = self._dependencies(feed)
         check_levels(self._problems, dependencies)
         estimators = self._methods(dependencies)
         self._check_methods(estimators, dependencies)

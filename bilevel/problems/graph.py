@@ -14,7 +14,7 @@ from bilevel.errors import GraphError, LossError, ParameterError
 from bilevel.functional import ParameterSlots, leaves
 from bilevel.problems.base import Problem
 
-__all__ = ["Dependencies", "check_ownership", "discover"]
+__all__ = ["Dependencies", "Reading", "check_ownership", "dependencies_of", "discover", "examine"]
 
 
 @dataclass(frozen=True)
@@ -112,30 +112,60 @@ def discover(problems: Sequence[Problem], slots: ParameterSlots, batches: Mappin
         GraphError: A problem that depends on nothing above it, or that nothing above depends on.
         ParameterError: An inner problem's parameter object is read directly, where swapped values would not be seen.
     """
-    reach: dict[str, frozenset[str]] = {}
-    bypassed: dict[str, set[str]] = {}
-    once: dict[str, LossError] = {}
-    for problem in problems:
-        reach[problem.name], bypassed[problem.name], error = _reach(problem, problems, slots, batches[problem.name])
-        if error is not None:
-            once[problem.name] = error
+    read = {problem.name: examine(problem, problems, slots, batches[problem.name]) for problem in problems}
+    reach = {name: reading.reach for name, reading in read.items()}
+    once = {name: reading.error for name, reading in read.items() if reading.error is not None}
     starts = {problem.name: problem.start_source for problem in problems if problem.start_source is not None}
-    dependencies = replace(_levels([p.name for p in problems], reach, starts), first_derivatives_only=once)
-    for name, direct in bypassed.items():
-        wrong = direct & set(dependencies.inner)
+    dependencies = replace(dependencies_of([p.name for p in problems], reach, starts), first_derivatives_only=once)
+    for name, reading in read.items():
+        reading.check(name, dependencies)
+    return dependencies
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What evaluating a loss has shown.
+
+    Attributes:
+        reach: The problems whose parameters reach it.
+        bypassed: Those whose parameters do so past the modules.
+        error: Why it has no second derivative, where it has none.
+    """
+
+    reach: frozenset[str]
+    bypassed: frozenset[str]
+    error: LossError | None
+
+    def check(self, name: str, dependencies: Dependencies) -> None:
+        """Raises where other values of an inner problem's parameters would not be seen.
+
+        Args:
+            name: The problem whose loss it is.
+            dependencies: Who depends on whom.
+
+        Raises:
+            ParameterError: Its parameter objects are read directly.
+        """
+        wrong = self.bypassed & set(dependencies.inner)
         if wrong:
             raise ParameterError(
                 f"the loss of problem {name!r} reads parameters of {sorted(wrong)} from variables instead of modules, "
                 "so that they "
                 "cannot be evaluated at other values. Read them as self.module.<name> or by calling the problem."
             )
-    return dependencies
 
 
-def _reach(
-    problem: Problem, problems: Sequence[Problem], slots: ParameterSlots, batch: Any
-) -> tuple[frozenset[str], set[str], LossError | None]:
-    """Returns whose parameters reach a loss, whose do so past the modules, and why it has no second derivative."""
+def examine(problem: Problem, problems: Sequence[Problem], slots: ParameterSlots, batch: Any) -> Reading:
+    """Evaluates a loss at copies of all owned parameters, and sees which of them reach it.
+
+    Args:
+        problem: Whose loss.
+        problems: All of them, top level first.
+        slots: Where the modules hold their parameters.
+        batch: What to evaluate it on.
+
+    Cost: 1 forward and 1 backward pass.
+    """
     live = tuple(p for other in problems for p in other.parameters)
     owner = [other.name for other in problems for _ in other.parameters]
     copies = leaves(live)
@@ -151,10 +181,22 @@ def _reach(
             found = torch.autograd.grad(loss, copies + live, allow_unused=True)
     swapped = {name for name, grad in zip(owner, found[: len(live)], strict=True) if grad is not None}
     direct = {name for name, grad in zip(owner, found[len(live) :], strict=True) if grad is not None}
-    return frozenset(swapped | direct), direct, error
+    return Reading(frozenset(swapped | direct), frozenset(direct), error)
 
 
-def _levels(names: Sequence[str], reach: Mapping[str, frozenset[str]], starts: Mapping[str, str]) -> Dependencies:
+def dependencies_of(
+    names: Sequence[str], reach: Mapping[str, frozenset[str]], starts: Mapping[str, str]
+) -> Dependencies:
+    """Returns who is over whom.
+
+    Args:
+        names: All problems, top level first.
+        reach: By problem, those whose parameters reach its loss.
+        starts: By inner problem, the one from whose parameters it starts, where it does so.
+
+    Raises:
+        GraphError: A problem that depends on nothing above it, or that nothing above depends on.
+    """
     lower: dict[str, frozenset[str]] = {}
     levels = _Levels(names, reach, starts, lower)
     for name in reversed(names):

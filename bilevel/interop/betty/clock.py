@@ -95,6 +95,10 @@ class Clock:
         """Returns the problems that stand within an inner loop."""
         return [name for name, place in self._places.items() if place > 0]
 
+    def waiting(self) -> list[str]:
+        """Returns the problems that have told one above, which waits for another one."""
+        return list(dict.fromkeys(name for told in self._told.values() for name in told))
+
     def _turn(self, name: str) -> Iterator[Turn]:
         if len(self._told[name]) < len(self._graph.children[name]):
             return

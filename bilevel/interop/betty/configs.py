@@ -15,12 +15,35 @@ from bilevel.validation import check_choice, check_integer, check_number
 __all__ = ["Config", "EngineConfig"]
 
 PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_FIXED = "_fixed"
 STRATEGIES = ("default", "cpu", "gpu", "distributed")
 LOGGERS = ("none", "tensorboard", "wandb")
 
 
 class _Checked:
     """Names unknown fields and their choices, where a dataclass would say ``unexpected keyword argument``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses a field that does not exist, and any change once an engine goes by this object."""
+        known = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        if name not in known:
+            raise unknown_name(f"field of {type(self).__name__}:", name, known)
+        if self.__dict__.get(_FIXED):
+            raise ConfigError(
+                f"{type(self).__name__}.{name} is fixed: the engine that goes by it is made. Make problem and engine "
+                "again with another configuration"
+            )
+        super().__setattr__(name, value)
+
+    def fixed(self) -> Any:
+        """Returns a copy that can no longer be changed, after checking it.
+
+        Raises:
+            ConfigError: A value that makes no sense.
+        """
+        copied = dataclasses.replace(self)  # type: ignore[type-var]
+        copied.__dict__[_FIXED] = True
+        return copied
 
     def __new__(cls, *args: Any, **fields: Any) -> Any:
         """Refuses fields that do not exist."""
@@ -98,20 +121,13 @@ class Config(_Checked):
 
     def __post_init__(self) -> None:
         """Checks all fields."""
-        self.check()
-
-    def check(self) -> None:
-        """Checks all fields again, since they may be changed.
-
-        Raises:
-            ConfigError: As for the class.
-        """
         _check_flags(self, "first_order", "retain_graph", "allow_unused", "log_local_step")
         _check_flags(self, "darts_multitask", "sama_multitask")
         check_integer("Config", "unroll_steps", self.unroll_steps, minimum=1)
         check_integer("Config", "gradient_accumulation", self.gradient_accumulation, minimum=1)
         check_integer("Config", "warmup_steps", self.warmup_steps, minimum=0)
-        check_integer("Config", "log_step", self.log_step, minimum=-1)
+        if isinstance(self.log_step, bool) or not isinstance(self.log_step, int):
+            raise ConfigError(f"Config.log_step must be an integer (0 or less for no log), not {self.log_step!r}")
         check_integer("Config", "neumann_iterations", self.neumann_iterations, minimum=0)
         check_integer("Config", "cg_iterations", self.cg_iterations, minimum=1)
         check_number("Config", "gradient_clipping", self.gradient_clipping, minimum=0.0)
@@ -173,14 +189,6 @@ class EngineConfig(_Checked):
 
     def __post_init__(self) -> None:
         """Checks all fields."""
-        self.check()
-
-    def check(self) -> None:
-        """Checks all fields again, since they may be changed.
-
-        Raises:
-            ConfigError: As for the class.
-        """
         check_integer("EngineConfig", "train_iters", self.train_iters, minimum=1)
         check_integer("EngineConfig", "valid_step", self.valid_step, minimum=1)
         check_integer("EngineConfig", "early_stopping_tolerance", self.early_stopping_tolerance, minimum=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,29 @@ from torch.utils.data import DataLoader, Sampler
 
 from bilevel.errors import DataError
 
-__all__ = ["Drawn", "Together", "converted", "share"]
+__all__ = ["Together", "converted", "share"]
 
 Device = str | torch.device
 
 
-def converted(batch: Any, device: Device) -> Any:
-    """Returns a loader's batch as Betty hands it on: a mapping, or a tuple of what it yields, tensors on the device."""
+def converted(batch: Any, device: Device, name: str) -> Any:
+    """Returns a loader's batch as Betty hands it on: a mapping, or a tuple of what it yields, tensors on the device.
+
+    Args:
+        batch: The batch.
+        device: Where tensors go.
+        name: The problem's name, for messages.
+
+    Raises:
+        DataError: It is neither a mapping nor something to iterate over.
+    """
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
+    if not isinstance(batch, Iterable) or (isinstance(batch, Tensor) and not batch.dim()):
+        raise DataError(
+            f"a batch of problem {name!r} must be a mapping or a tuple or list of parts, not {batch!r}. Let the loader "
+            "yield (x, y), (x,) or {'x': x}; batches of another form come from your own get_batch()"
+        )
     return tuple(_moved(value, device) for value in batch)
 
 
@@ -28,48 +42,29 @@ class Together:
 
     Args:
         loaders: The loaders.
-
-    Attributes:
-        epoch: How many times the first loader has ended.
     """
 
     def __init__(self, loaders: Sequence[Iterable[Any]]) -> None:
         self._loaders = tuple(loaders)
-        self.epoch = 0
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Yields tuples without end."""
-        self.epoch = 0
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
+        """Yields without end: how often every loader has ended, and a batch of each."""
+        epochs = [0] * len(self._loaders)
         iterators = [iter(loader) for loader in self._loaders]
         while True:
-            yield tuple(self._next(iterators, place) for place in range(len(iterators)))
+            batches = tuple(self._next(iterators, epochs, place) for place in range(len(iterators)))
+            yield tuple(epochs), batches
 
-    def _next(self, iterators: list[Iterator[Any]], place: int) -> Any:
+    def _next(self, iterators: list[Iterator[Any]], epochs: list[int], place: int) -> Any:
         try:
             return next(iterators[place])
         except StopIteration:
             iterators[place] = iter(self._loaders[place])
-            self.epoch += place == 0
+            epochs[place] += 1
         try:
             return next(iterators[place])
         except StopIteration:
-            raise DataError(f"loader {place} of the tuple yields nothing") from None
-
-
-class Drawn:
-    """Batches that the user's own ``get_batch`` draws.
-
-    Args:
-        get_batch: Called for every batch.
-    """
-
-    def __init__(self, get_batch: Callable[[], Any]) -> None:
-        self._get_batch = get_batch
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yields batches without end."""
-        while True:
-            yield self._get_batch()
+            raise DataError(f"loader {place} of the tuple yields nothing, or was an iterator and has ended") from None
 
 
 def share(loader: Iterable[Any], rank: int, size: int) -> Iterable[Any]:

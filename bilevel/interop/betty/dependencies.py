@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bilevel.errors import ConfigError, GraphError, unknown_name
+from bilevel.problems import Dependencies
+from bilevel.problems.graph import dependencies_of
 
 if TYPE_CHECKING:
     from bilevel.interop.betty.problems import Problem
-    from bilevel.problems import Dependencies
 
 __all__ = ["Declared", "declared"]
 
@@ -25,6 +26,7 @@ class Declared:
         names: All problems, each after those above it.
         parents: By problem, those that step after it (its values in ``l2u``), in the order declared.
         children: By problem, those that step before it.
+        lowers: By problem, those through which it is differentiated (its values in ``u2l``).
         paths: By problem, the chains along which its hypergradient flows, each from the problem itself down to one in
             its ``u2l`` and back up to it.
     """
@@ -32,6 +34,7 @@ class Declared:
     names: tuple[str, ...]
     parents: Mapping[str, tuple[str, ...]]
     children: Mapping[str, tuple[str, ...]]
+    lowers: Mapping[str, tuple[str, ...]]
     paths: Mapping[str, tuple[tuple[str, ...], ...]]
 
     @property
@@ -39,28 +42,34 @@ class Declared:
         """The problems with none below them: each makes one step an iteration."""
         return tuple(name for name in self.children if not self.children[name])
 
-    def check(self, found: Dependencies) -> None:
-        """Raises where a loss reads what the declaration leaves out.
+    def dependencies(self) -> Dependencies:
+        """Returns who depends on whom if every loss uses the parameters of exactly those that it is declared with.
+
+        Raises:
+            GraphError: They are no nested structure.
+        """
+        reach = {name: frozenset({name, *self.parents[name], *self.lowers[name]}) for name in self.names}
+        return dependencies_of(self.names, reach, {})
+
+    def check_reach(self, name: str, reach: Iterable[str]) -> None:
+        """Raises where a loss uses what the declaration leaves out.
 
         Args:
-            found: What evaluating the losses has shown.
+            name: The problem whose loss it is.
+            reach: The problems whose parameters reach it.
 
         Raises:
             GraphError: A ``training_step`` uses the parameters of a problem to which no dependency leads.
         """
-        for name, reach in found.reach.items():
-            for other in reach - {name}:
-                if other not in self._related(name):
-                    raise GraphError(
-                        f"missing dependency: training_step of {name!r} uses the parameters of {other!r}, and neither "
-                        f"u2l nor l2u connects them. If {name!r} is above, declare u2l {{{name}: [{other}]}} and l2u "
-                        f"{{{other}: [{name}]}}; if it is below, the other way round; if {other!r} is to be a constant "
-                        "there, use it under torch.no_grad()."
-                    )
-
-    def _related(self, name: str) -> set[str]:
-        """Returns the problems on chains through one: all above it and all below it."""
-        return _closure(name, self.parents) | _closure(name, self.children)
+        related = {name} | _closure(name, self.parents) | _closure(name, self.children)
+        for other in reach:
+            if other not in related:
+                raise GraphError(
+                    f"missing dependency: training_step of {name!r} uses the parameters of {other!r}, and neither "
+                    f"u2l nor l2u connects them. If {name!r} is above, declare u2l {{{name}: [{other}]}} and l2u "
+                    f"{{{other}: [{name}]}}; if it is below, the other way round; if {other!r} is to be a constant "
+                    "there, use it under torch.no_grad()."
+                )
 
 
 def declared(problems: Sequence[Problem], dependencies: Mapping[str, Mapping[Problem, Iterable[Problem]]]) -> Declared:
@@ -82,9 +91,10 @@ def declared(problems: Sequence[Problem], dependencies: Mapping[str, Mapping[Pro
     parents = {name: up.get(name, ()) for name in order}
     children = {name: tuple(low for low in up if name in up[low]) for name in order}
     _refuse_cycle(order, parents)
-    paths = {name: _paths(name, down.get(name, ()), parents) for name in order}
+    lowers = {name: down.get(name, ()) for name in order}
+    paths = {name: _paths(name, lowers[name], parents) for name in order}
     _refuse_idle(order, paths)
-    return Declared(_topological(order, parents), parents, children, paths)
+    return Declared(_topological(order, parents), parents, children, lowers, paths)
 
 
 def _checked_kinds(dependencies: object) -> Sequence[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from bilevel.callbacks import Callback
 from bilevel.engine import Engine
-from bilevel.errors import CheckpointError
+from bilevel.errors import BilevelError, CheckpointError
 from bilevel.feed import Feed
 from bilevel.interop.betty.clock import Clock, Turn
 from bilevel.interop.betty.configs import PRECISIONS
@@ -17,8 +18,13 @@ from bilevel.interop.betty.iteration import Iteration, LoopStart
 from bilevel.interop.betty.level import Level, Pending
 from bilevel.interop.betty.patience import Patience
 from bilevel.loss_scale import LossScale, LossScaling
+from bilevel.planning import Planner
+from bilevel.policy import SolvePolicy
+from bilevel.problems import Dependencies
 from bilevel.problems.differentiate import Differentiator
+from bilevel.problems.graph import examine
 from bilevel.problems.records import RecordedUpdate
+from bilevel.randomness import preserved
 from bilevel.result import StepResult
 from bilevel.settings import EngineConfig
 from bilevel.step import Step
@@ -58,13 +64,20 @@ class Driver(Engine):
         self._told = told
         self._trajectories: dict[str, list[RecordedUpdate]] = {}
         self._starts: dict[str, LoopStart] = {}
-        self._checked = False
         super().__init__(levels, config, callbacks=(*callbacks, Carried(self.levels, patience)))
 
     def step(self, batches: Mapping[str, Any] | None = None) -> StepResult:
         """Runs one iteration."""
         self.clock.move_to(self.step_count)
-        return super().step(batches)
+        try:
+            return super().step(batches)
+        finally:
+            self.clock.move_to(self.step_count)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where random numbers are drawn."""
+        return tuple(self._gradients.devices)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """See :meth:`bilevel.Engine.save`.
@@ -81,6 +94,12 @@ class Driver(Engine):
                 "differentiated update by update or rolled back, and whose updates so far are in no checkpoint: save "
                 "where the loop ends, at a multiple of unroll_steps · gradient_accumulation iterations"
             )
+        waiting = [name for name in self.clock.waiting() if self._keeps_record(name)]
+        if waiting:
+            raise CheckpointError(
+                f"problem {waiting[0]!r} waits for another one before those above both step (iteration "
+                f"{self.step_count}), and what it waits with is in no checkpoint: save after they have stepped"
+            )
         super().save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -88,24 +107,15 @@ class Driver(Engine):
         super().load(path)
         self._trajectories.clear()
         self._starts.clear()
-        for name, level in self.levels.items():
-            level.epoch = self.streams[name].epoch
         self.clock.move_to(self.step_count)
-
-    def check(self) -> None:
-        """Compares what was declared with what the losses use, once that is known.
-
-        Raises:
-            GraphError: They differ.
-        """
-        if not self._checked:
-            self._graph.check(self.dependencies)
-            self._checked = True
 
     def _keeps_loop(self, name: str) -> bool:
         level = self.levels[name]
         method = level.hypergradient
-        return level.rolls_back or (method is not None and method.needs_trajectory)
+        return level.rolls_back or (method is not None and method.needs_trajectory and method.recorded_steps != 1)
+
+    def _keeps_record(self, name: str) -> bool:
+        return name not in self._graph.leaves or self.levels[name].accumulate > 1
 
     def _precision(self, name: str) -> str:
         return PRECISIONS[self.levels[name].user.config.precision]
@@ -114,8 +124,11 @@ class Driver(Engine):
         config = self.levels[name].user.config
         return LossScale(name, LossScaling(initial=config.initial_dynamic_scale, growth=config.scale_factor))
 
+    def _new_planner(self, policy: SolvePolicy) -> Planner:
+        default = partial(getattr, self, "hypergradient_method")
+        return _Planner(self._graph, self.levels, self._gradients, self.config, policy, default)
+
     def _new_step(self, differentiator: Differentiator, feed: Feed) -> Step:
-        self.check()
         plain = super()._new_step(differentiator, feed)
         return Iteration(
             plain.number,
@@ -131,12 +144,70 @@ class Driver(Engine):
             clock=self.clock,
             levels=self.levels,
             starts=self._starts,
+            first_seen=self._first_seen,
             told=self._told,
         )
 
+    def _first_seen(self, name: str, batch: Any) -> None:
+        planner = self._planner
+        assert isinstance(planner, _Planner)
+        if name in planner.unread:
+            planner.examine(name, batch)
+
     def _step_tables(self) -> tuple[dict[str, Any], ...]:
-        pending = (level.pending for level in self.levels.values())
-        return (*super()._step_tables(), self._trajectories, self._starts, *pending)
+        carried = (level.carried for level in self.levels.values())
+        return (*super()._step_tables(), self._trajectories, self._starts, *carried)
+
+
+class _Planner(Planner):
+    """Compares what was declared with what the losses use: at once where batches can be looked at early.
+
+    A ``get_batch`` of the user's own cannot be called early without moving on what it draws from, and a loss may need
+    what ``on_inner_loop_start`` sets: then the declaration holds, and each loss is looked at in its first turn.
+    """
+
+    def __init__(self, graph: Declared, levels: Mapping[str, Level], *arguments: Any) -> None:
+        super().__init__(levels, *arguments)
+        self._graph = graph
+        self._levels = levels
+        self.unread: set[str] = set()
+
+    def examine(self, name: str, batch: Any) -> None:
+        """Looks at a loss in its first turn.
+
+        Raises:
+            GraphError: It uses the parameters of a problem to which no dependency leads.
+            ParameterError: It reads parameters past the modules.
+            LossError: The problem's method needs second derivatives, and the loss has none.
+        """
+        assert self._plan is not None
+        self.unread.discard(name)
+        differentiator, _ = self._plan
+        with preserved(self._gradients.devices):
+            level = self._levels[name]
+            reading = examine(level, list(self._levels.values()), self._gradients.slots, batch)
+        self._graph.check_reach(name, reading.reach)
+        reading.check(name, differentiator.dependencies)
+        method = differentiator.estimators.get(name)
+        if reading.error is not None and method is not None and method.needs_double_backward:
+            raise reading.error
+
+    def _dependencies(self, feed: Feed) -> Dependencies:
+        if not any(level.user.draws_itself for level in self._levels.values()):
+            try:
+                found = super()._dependencies(feed)
+            except BilevelError:
+                raise
+            except Exception as error:
+                next(iter(self._levels.values())).user.logger.warning(
+                    f"A loss cannot be evaluated before the first iteration ({error!r}): it is looked at then"
+                )
+            else:
+                for name, reach in found.reach.items():
+                    self._graph.check_reach(name, reach)
+                return found
+        self.unread = set(self._levels)
+        return self._graph.dependencies()
 
 
 class Carried(Callback):
@@ -150,18 +221,21 @@ class Carried(Callback):
         """Returns sums and counts so far."""
         sums = {}
         for name, level in self._levels.items():
-            for pending in level.pending.values():
+            pending: Pending | None = level.carried.get("pending")
+            if pending is not None:
                 parts = None if pending.gradients is None else list(pending.gradients)
                 sums[name] = {"count": pending.count, "gradients": parts}
-        return {"sums": sums, "best": self._patience.best, "counter": self._patience.counter}
+        epochs = {name: list(level.carried["epochs"]) for name, level in self._levels.items()}
+        return {"sums": sums, "epochs": epochs, "best": self._patience.best, "counter": self._patience.counter}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes sums and counts back."""
         best, sums = state["best"], state["sums"]
         self._patience.best, self._patience.counter = None if best is None else float(best), int(state["counter"])
         for name, level in self._levels.items():
-            level.pending.clear()
+            level.carried.clear()
+            level.carried["epochs"] = tuple(int(epoch) for epoch in state["epochs"][name])
             if name in sums:
                 parts = sums[name]["gradients"]
                 moved = None if parts is None else tuple(g.to(p) for g, p in zip(parts, level.parameters, strict=True))
-                level.pending["gradients"] = Pending(moved, int(sums[name]["count"]))
+                level.carried["pending"] = Pending(moved, int(sums[name]["count"]))

@@ -12,18 +12,21 @@ import torch.distributed as dist
 
 from bilevel import distributed
 from bilevel.callbacks import Callback
-from bilevel.errors import ConfigError, GraphError
+from bilevel.errors import ConfigError
+from bilevel.interop.betty.checks import check_arguments, check_problems
 from bilevel.interop.betty.clock import Clock, Pace, Turn
-from bilevel.interop.betty.configs import Config, EngineConfig
+from bilevel.interop.betty.configs import EngineConfig
 from bilevel.interop.betty.dependencies import Declared, declared
 from bilevel.interop.betty.driver import Driver
 from bilevel.interop.betty.envs import Env
 from bilevel.interop.betty.level import Level
 from bilevel.interop.betty.log import Log, line
 from bilevel.interop.betty.patience import Patience
-from bilevel.interop.betty.problems import IterativeProblem, Problem
+from bilevel.interop.betty.problems import Problem
+from bilevel.randomness import preserved
 from bilevel.result import Hypergradient, StepResult
 from bilevel.settings import EngineConfig as Settings
+from bilevel.validation import check_integer
 
 __all__ = ["Engine"]
 
@@ -43,7 +46,8 @@ class Engine:
         env: What the problems share.
         settings: Our engine's further settings: seed of the data, what happens where a solve fails, and so on. Its
             ``steps``, ``precision``, ``evaluate_every`` and ``hypergradient_batch`` are Betty's business and stay as
-            they are by default. By default no progress bar is shown.
+            they are by default. Without it no progress bar is shown, and the data's order follows the seed that was
+            given to ``torch.manual_seed``.
         callbacks: Our callbacks (checkpoints, logs, plots); a step is an iteration.
 
     Raises:
@@ -83,22 +87,29 @@ class Engine:
         settings: Settings | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.config = EngineConfig() if config is None else config
-        self.problems = list(problems)
+        config = EngineConfig() if config is None else config
+        self.problems = check_arguments(self, problems, config, env, settings, callbacks)
+        self.config: EngineConfig = config.fixed()
         self.env = env
-        _check_arguments(self.problems, self.config, settings)
         self.dependencies = dependencies
         self.graph: Declared = declared(self.problems, {} if dependencies is None else dependencies)
-        _check_problems(self.problems, self.graph, self.config)
-        self._began_group = _join(self.config)
+        check_problems(self.problems, self.graph, self.config)
+        _join(self.config)
         self.device = _device(self.config)
         self.logger = Log(self.config.logger_type, quiet=not self.is_rank_zero())
         self.early_stopping = Patience(
             self.config.early_stopping_metric, self.config.early_stopping_mode, self.config.early_stopping_tolerance
         )
         self._continues = False
-        self._initialise()
-        self.driver = self._build(settings, callbacks)
+        self._check_names()
+        try:
+            self._initialise()
+            self.driver = self._build(settings, callbacks)
+        except BaseException:
+            self._let_go()
+            raise
+        for problem in self.problems:
+            problem._config = problem.config.fixed()
         self._report()
 
     def run(self, iterations: int | None = None) -> None:
@@ -110,7 +121,9 @@ class Engine:
         Args:
             iterations: How many, if not that.
         """
-        if iterations is None:
+        if iterations is not None:
+            check_integer("run()", "iterations", iterations, minimum=1)
+        else:
             iterations = self.config.train_iters - (self.global_step if self._continues else 0)
         self._continues = False
         if iterations < 1:
@@ -129,6 +142,21 @@ class Engine:
             What our engine reports of it. Validation is the caller's business.
         """
         return self.driver.step()
+
+    @property
+    def train_iters(self) -> int:
+        """Iterations of a run."""
+        return self.config.train_iters
+
+    @property
+    def valid_step(self) -> int:
+        """Iterations between validations."""
+        return self.config.valid_step
+
+    @property
+    def logger_type(self) -> str:
+        """Where numbers go."""
+        return self.config.logger_type
 
     @property
     def global_step(self) -> int:
@@ -155,8 +183,13 @@ class Engine:
         return self.is_implemented("validation") and self.is_rank_zero()
 
     def hypergradient(self, problem: str | None = None) -> Hypergradient:
-        """Returns the present hypergradient of a problem; see :meth:`bilevel.Engine.hypergradient`."""
-        return self.driver.hypergradient(problem)
+        """Returns the present hypergradient of a problem; see :meth:`bilevel.Engine.hypergradient`.
+
+        Batches of a ``get_batch`` of the user's own are drawn for it; random generators are put back.
+        """
+        drawn = [other for other in self.problems if other.draws_itself]
+        with preserved(self.driver.devices):
+            return self.driver.hypergradient(problem, {other.name: other.get_batch() for other in drawn})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the complete state: see :meth:`bilevel.Engine.save`."""
@@ -207,18 +240,19 @@ class Engine:
         """Names the problems."""
         return f"{type(self).__name__}([{', '.join(problem.name for problem in self.problems)}])"
 
-    def _initialise(self) -> None:
-        env = self.env
+    def _check_names(self) -> None:
         for problem in self.problems:
             for owner in (self, *(other for other in self.problems if other is not problem)):
-                if hasattr(owner, problem.name):
+                if hasattr(owner, problem.name) or problem.name in ("driver", "_clock"):
                     raise ConfigError(
                         f"a problem cannot be named {problem.name!r}: this is an attribute of {type(owner).__name__}"
                     )
+
+    def _initialise(self) -> None:
+        env = self.env
         for problem in self.problems:
-            for owner in (self, env, *(other for other in self.problems if other is not problem)):
-                if owner is not None:
-                    setattr(owner, problem.name, problem)
+            for owner in self._owners(problem):
+                setattr(owner, problem.name, problem)
         if env is not None:
             env.configure_device(self.device)
             env.initialize()
@@ -226,6 +260,18 @@ class Engine:
             problem._engine = self
             problem.device, problem.env, problem.logger = self.device, env, self.logger
             problem.initialize()
+
+    def _owners(self, problem: Problem) -> list[object]:
+        """Returns the objects that have a problem as an attribute."""
+        owners = [self, self.env, *(other for other in self.problems if other is not problem)]
+        return [owner for owner in owners if owner is not None]
+
+    def _let_go(self) -> None:
+        """Leaves the problems free for another engine, where this one could not be made."""
+        for problem in self.problems:
+            problem._engine = problem._owned = None
+            for owner in self._owners(problem):
+                vars(owner).pop(problem.name, None)
 
     def _build(self, settings: Settings | None, callbacks: Sequence[Callback]) -> Driver:
         known = {problem.name: problem for problem in self.problems}
@@ -236,8 +282,8 @@ class Engine:
         self._clock = Clock(self.graph, paces)
         levels = [self._level(known[name]) for name in self.graph.names]
         levels[0].after_step = self._after_iteration
-        first = replace(settings or Settings(progress=False), steps=self.config.train_iters)
-        driver = Driver(levels, self.graph, self._clock, first, callbacks, self._told, self.early_stopping)
+        ours = replace(settings or _settings(), steps=self.config.train_iters)
+        driver = Driver(levels, self.graph, self._clock, ours, callbacks, self._told, self.early_stopping)
         _broadcast(levels)
         return driver
 
@@ -257,7 +303,7 @@ class Engine:
         problem = self.driver.levels[turn.name].user
         step = problem.config.log_step
         if step > 0 and turn.count % step == 0:
-            problem.log(values, self.global_step + 1)
+            problem.log({"loss": values["loss"], **self.driver.levels[turn.name].said}, self.global_step + 1)
 
     def _after_iteration(self) -> None:
         if not self.is_implemented("validation") or self.global_step % self.config.valid_step:
@@ -266,7 +312,7 @@ class Engine:
         if self.do_validation():
             self.eval()
             try:
-                stats = self.validation() or {}  # type: ignore[attr-defined]
+                stats = _checked_stats(self.validation())  # type: ignore[attr-defined]
             finally:
                 self.train()
             self.logger.info(f"[Validation] [Global Step {self.global_step}] {line(stats)}")
@@ -290,62 +336,19 @@ class Engine:
             self.logger.info(f"Problem {problem.name!r}: uppers {uppers}, lowers {lowers}, paths {paths}")
 
 
-def _check_arguments(problems: Sequence[object], config: object, settings: object) -> None:
-    if not isinstance(config, EngineConfig):
+def _settings() -> Settings:
+    """Returns our settings where none are given: the data's order follows what was given to ``torch.manual_seed``."""
+    return Settings(progress=False, seed=torch.initial_seed() % 2**32)
+
+
+def _checked_stats(stats: object) -> Mapping[str, Any]:
+    if stats is None:
+        return {}
+    if not isinstance(stats, Mapping):
         raise ConfigError(
-            f"config must be a bilevel.interop.betty.EngineConfig, not {type(config).__name__}; our engine's own "
-            "settings go to settings="
+            f"validation() must return a mapping of numbers, such as {{'loss': 0.5}}, or None, not {stats!r}"
         )
-    config.check()
-    for problem in problems:
-        if not isinstance(problem, Problem):
-            raise GraphError(
-                f"problems must be instances of bilevel.interop.betty's problem classes; got a {type(problem).__name__}"
-            )
-        problem.config.check()
-        if problem._engine is not None:
-            raise GraphError(f"problem {problem.name!r} belongs to another engine already: make problems anew")
-    names = [problem.name for problem in problems if isinstance(problem, Problem)]
-    for name in names:
-        if names.count(name) > 1:
-            raise GraphError(f"two problems are named {name!r}")
-    if settings is None:
-        return
-    if not isinstance(settings, Settings):
-        raise ConfigError(f"settings must be a bilevel.EngineConfig, not {type(settings).__name__}")
-    plain = Settings()
-    for field, instead in (
-        ("steps", "EngineConfig.train_iters"),
-        ("precision", "Config.precision of each problem"),
-        ("evaluate_every", "EngineConfig.valid_step"),
-    ):
-        if getattr(settings, field) != getattr(plain, field):
-            raise ConfigError(f"settings.{field} has no meaning here: it is {instead} that says so. Leave it out")
-
-
-def _check_problems(problems: Sequence[Problem], graph: Declared, config: EngineConfig) -> None:
-    known = {problem.name: problem for problem in problems}
-    for name, problem in known.items():
-        settings: Config = problem.config
-        over = [path[-2] for path in graph.paths[name]]
-        plain = [other for other in over if not isinstance(known[other], IterativeProblem)]
-        if not settings.first_order and plain:
-            raise ConfigError(
-                f"Config.first_order=False of problem {name!r} is not supported over {plain[0]!r}, which is no "
-                "IterativeProblem: Betty drops the hypergradient there without a word. Choices: True. To train without "
-                "it, use the lower problem under torch.no_grad()"
-            )
-        middle = graph.parents[name] and graph.children[name]
-        if config.roll_back and (middle or len(graph.parents[name]) > 1):
-            raise ConfigError(
-                f"EngineConfig.roll_back=True is for two levels, with one problem above each; {name!r} stands between "
-                "others or below several. Choices: False"
-            )
-        if isinstance(problem, IterativeProblem) and graph.parents[name] and settings.precision != "fp32":
-            raise ConfigError(
-                f"Config.precision={settings.precision!r} is not supported for {name!r}, whose updates are "
-                "differentiated one by one. Choices: 'fp32'"
-            )
+    return stats
 
 
 def _broadcast(levels: Sequence[Level]) -> None:
@@ -356,17 +359,16 @@ def _broadcast(levels: Sequence[Level]) -> None:
                 dist.broadcast(tensor, 0)
 
 
-def _join(config: EngineConfig) -> bool:
-    """Joins the process group, if the configuration asks for one and there is none; whether it did."""
+def _join(config: EngineConfig) -> None:
+    """Joins the process group, if the configuration asks for one and there is none."""
     if config.strategy != "distributed" or dist.is_initialized():
-        return False
+        return
     if "RANK" not in os.environ:
         raise ConfigError(
             "EngineConfig.strategy='distributed' needs the processes that torchrun starts: run the program by "
             "torchrun, or choose 'default', 'cpu' or 'gpu'"
         )
     dist.init_process_group(config.backend)
-    return True
 
 
 def _device(config: EngineConfig) -> torch.device:

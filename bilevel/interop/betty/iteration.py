@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import NonFiniteError
+from bilevel.faults import Work
 from bilevel.interop.betty.clock import Clock, Turn
 from bilevel.interop.betty.level import Level
 from bilevel.optimizer_state import Kept
@@ -44,12 +45,14 @@ class Iteration(Step):
         clock: Says whose turn it is; moved on.
         levels: The problems, by name.
         starts: Where the inner loops began that are to be rolled back, by problem; changed.
+        first_seen: Called with a problem's name and every batch of its, before that is used.
         told: Called after every turn with what the problem's loss returned.
     """
 
     clock: Clock = field(kw_only=True)
     levels: Mapping[str, Level] = field(kw_only=True)
     starts: dict[str, LoopStart] = field(kw_only=True)
+    first_seen: Callable[[str, Any], None] = field(kw_only=True)
     told: Callable[[Turn, Mapping[str, Any]], None] = field(kw_only=True)
 
     def run(self, whole: Round) -> Report:
@@ -70,14 +73,26 @@ class Iteration(Step):
             self._remember(level)
         if turn.count % level.accumulate:
             return  # the batches of an update are drawn with its last one
-        # A list of this iteration's own: where it is undone, the one before is as it was.
-        self.trajectories[turn.name] = list(self.trajectories[turn.name])
-        place, count = turn.place // level.accumulate, length // level.accumulate
+        place, count = self._place_to_record(level, turn, length)
         self._update([turn.name], place, {turn.name: count})
         self.told(turn, self._values)
         for child in self.clock.children(turn.name):
             if self.levels[child].rolls_back:
                 self._roll_back(self.levels[child])
+
+    def _place_to_record(self, level: Level, turn: Turn, length: int) -> tuple[int, int]:
+        """Returns which of how many updates this is, for what is recorded of them.
+
+        Where at most one update is followed, each is recorded as if it were the last: one that waits for another
+        problem moves on meanwhile.
+        """
+        method = level.hypergradient
+        if method is None or not method.needs_trajectory or method.recorded_steps == 1:
+            self.trajectories[turn.name] = []
+            return level.steps - 1, level.steps
+        # A list of this iteration's own: where it is undone, the one before is as it was.
+        self.trajectories[turn.name] = list(self.trajectories[turn.name])
+        return turn.place // level.accumulate, length // level.accumulate
 
     def _check_and_update(self, problem: Problem, result: LossGradient) -> None:
         self._values = {"loss": result.value.item(), **result.metrics}
@@ -87,14 +102,21 @@ class Iteration(Step):
             self.levels[problem.name].leave_out(self._values)
 
     def _next(self, name: str) -> Any:
-        batch, level = super()._next(name), self.levels[name]
-        level.begin_epoch(self.feed.stream(name))
+        level = self.levels[name]
+        batch = self._drawn(level) if level.user.draws_itself else super()._next(name)
+        level.begin_epoch(self.feed.stream(name), batch)
+        self.first_seen(name, batch)
         if name in self.starts:
             kept = self.starts[name]
             self.starts[name] = LoopStart(
                 kept.values, kept.optimizer, [*kept.batches, batch][-level.batches_an_update :]
             )
         return batch
+
+    def _drawn(self, level: Level) -> Any:
+        """Returns a batch of the user's own, drawn with the generators that losses draw from, as in Betty."""
+        with self._activity(Work.DATA, level.name):
+            return level.user.get_batch()
 
     def _remember(self, level: Level) -> None:
         module = level.module

@@ -12,15 +12,51 @@ from torch import Tensor
 from bilevel.data import BatchStream
 from bilevel.errors import ConfigError, ParameterError
 from bilevel.hypergrad import Estimator, Unrolled
-from bilevel.interop.betty.data import Drawn, Together, converted, share
+from bilevel.interop.betty.data import Together, converted, share
+from bilevel.interop.betty.log import flat
 from bilevel.interop.betty.methods import method_of
-from bilevel.interop.betty.problems import IterativeProblem
+from bilevel.interop.betty.problems import HOOKS, IterativeProblem
 from bilevel.interop.betty.problems import Problem as BettyProblem
 from bilevel.problems import Problem
 from bilevel.result import StepResult
 from bilevel.vector import Tensors, add
 
 __all__ = ["Level", "Pending"]
+
+
+OWN = __name__.rpartition(".")[0] + "."
+INTERNAL = frozenset(
+    {
+        "add_child",
+        "add_env",
+        "add_logger",
+        "add_parent",
+        "add_paths",
+        "backward",
+        "check_ready",
+        "clear_dependencies",
+        "configure_device",
+        "configure_distributed_training",
+        "configure_roll_back",
+        "epoch_callback_exec",
+        "get_loss",
+        "initialize_optimizer_state",
+        "one_step_descent",
+        "patch_data_loader",
+        "patch_everything",
+        "patch_module",
+        "patch_modules",
+        "patch_optimizer",
+        "patch_scheduler",
+        "set_grads",
+        "step",
+        "step_after_roll_back",
+        "step_normal",
+        "synchronize_params",
+        "training_step_exec",
+    }
+)
+"""What Betty's classes call and ours do not."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +98,7 @@ class Level(Problem):
         _check(user, method, has_children=has_children)
         _restrict(user)
         self.user = user
-        self.together: Together | None = None
+        self._several = False
         super().__init__(
             user.module,
             optimizer=user.optimizer,
@@ -75,10 +111,10 @@ class Level(Problem):
             accumulate=config.gradient_accumulation if follows else 1,
         )
         user._owned = self.parameter_names
-        self.pending: dict[str, Pending] = {}
+        self.carried: dict[str, Any] = {"epochs": (0,)}
         self.rolls_back = False
         self.after_step: Callable[[], None] | None = None
-        self.epoch = 0
+        self.said: Mapping[str, Any] = {}
         self._changes = config.gradient_clipping > 0.0 or any(
             user.is_implemented(hook) for hook in ("grad_callback", "custom_optimizer_step")
         )
@@ -92,7 +128,13 @@ class Level(Problem):
         """Calls the user's ``training_step`` with a batch as Betty hands it on."""
         user = self.user
         user.cur_batch = self._received(batch)
-        return user.training_step(user.cur_batch)
+        result = user.training_step(user.cur_batch)
+        if not isinstance(result, Mapping):
+            self.said = {}
+            return result
+        self.said = {key: _detached(value) for key, value in result.items() if key != "loss"}
+        numbers = {key: value for key, value in flat(self.said).items() if isinstance(value, (int, float))}
+        return {"loss": result.get("loss"), **numbers} if "loss" in result else result
 
     def restart(self) -> None:
         """Begins an inner loop."""
@@ -104,12 +146,14 @@ class Level(Problem):
         if self.after_step is not None:
             self.after_step()
 
-    def begin_epoch(self, stream: BatchStream) -> None:
+    def begin_epoch(self, stream: BatchStream, batch: Any) -> None:
         """Calls the user's ``epoch_callback``, where the batch drawn last is the first of another epoch."""
-        epoch = stream.epoch if self.together is None else self.together.epoch
-        if epoch > self.epoch and self.user.is_implemented("epoch_callback"):
+        epochs = batch[0] if self._several else (stream.epoch,)
+        ended = epochs[0] > self.carried["epochs"][0]
+        self.carried["epochs"] = epochs
+        self.user.epoch_counter = list(epochs)
+        if ended and self.user.is_implemented("epoch_callback"):
             self.user.epoch_callback()  # type: ignore[attr-defined]
-        self.epoch = epoch
 
     def update(self, gradients: Sequence[Tensor], values: Mapping[str, Any]) -> None:
         """Adds a batch's gradients, lets the user see them, and steps where they complete an update.
@@ -120,7 +164,7 @@ class Level(Problem):
         """
         parts = self.batches_an_update // self.accumulate
         share_of_all = tuple(gradients) if parts == 1 else tuple(part / parts for part in gradients)
-        before = self.pending.pop("gradients", None)
+        before: Pending | None = self.carried.pop("pending", None)
         if before is not None and before.gradients is not None:
             share_of_all = add(before.gradients, share_of_all)
         spoilt = before is not None and before.gradients is None
@@ -157,13 +201,13 @@ class Level(Problem):
 
     def leave_out(self, values: Mapping[str, Any]) -> None:
         """Counts a batch whose gradients overflowed: the update that it belongs to is left out."""
-        before = self.pending.pop("gradients", None)
+        before: Pending | None = self.carried.pop("pending", None)
         count = 1 + (0 if before is None else before.count)
         self._end(None, count, self.batches_an_update // self.accumulate, values)
 
     def _end(self, total: Tensors | None, count: int, parts: int, values: Mapping[str, Any]) -> None:
         if count < parts:
-            self.pending["gradients"] = Pending(total, count)
+            self.carried["pending"] = Pending(total, count)
         if self.stepper is not None and not self.rolls_back:
             for _ in range(self.accumulate):  # Betty's schedulers count batches
                 self.stepper.advance_scheduler(values)
@@ -171,21 +215,31 @@ class Level(Problem):
     def _received(self, batch: Any) -> Any:
         if self.user.draws_itself:
             return batch
-        if self.together is not None:
-            return tuple(converted(part, self.user.device) for part in batch)
-        return converted(batch, self.user.device)
+        if self._several:
+            _, batches = batch
+            return tuple(converted(part, self.user.device, self.name) for part in batches)
+        return converted(batch, self.user.device, self.name)
 
-    def _data(self, rank: int, size: int) -> Iterable[Any]:
+    def _data(self, rank: int, size: int) -> Iterable[Any] | None:
         user = self.user
         if user.draws_itself:
-            return Drawn(user.get_batch)
+            return None
         loaders = user._loaders
         if size > 1:
             loaders = tuple(share(loader, rank, size) for loader in loaders)
         if len(loaders) == 1:
             return loaders[0]
-        self.together = Together(loaders)
-        return self.together
+        self._several = True
+        return Together(loaders)
+
+
+def _detached(value: Any) -> Any:
+    """Returns a value to log, which keeps no graph alive."""
+    if isinstance(value, Mapping):
+        return {key: _detached(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_detached(part) for part in value]
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _method(user: BettyProblem) -> Estimator:
@@ -199,6 +253,12 @@ def _method(user: BettyProblem) -> Estimator:
 
 def _check(user: BettyProblem, method: Estimator | None, *, has_children: bool) -> None:
     name, config = user.name, user.config
+    for cls in type(user).__mro__:
+        for hook in () if cls.__module__.startswith(OWN) else INTERNAL & set(vars(cls)):
+            raise ConfigError(
+                f"problem {name!r} overrides {hook}(), which belongs to the machinery of Betty's that does not exist "
+                f"here. What users may define: {', '.join(HOOKS)}, and the methods that Problem has"
+            )
     if type(user).meta_trainable_parameters is not BettyProblem.meta_trainable_parameters:
         raise ConfigError(
             f"meta_trainable_parameters() of problem {name!r} is not supported: hypergradients flow through all "
@@ -222,7 +282,12 @@ def _restrict(user: BettyProblem) -> None:
     assert user.optimizer is not None
     if type(user).trainable_parameters is BettyProblem.trainable_parameters:
         return
-    trained = {id(p) for p in user.trainable_parameters()}
+    returned = user.trainable_parameters()
+    if not isinstance(returned, (list, tuple)) or not all(isinstance(p, Tensor) for p in returned):
+        raise ConfigError(
+            f"trainable_parameters() of problem {user.name!r} must return a list of parameters, not {returned!r}"
+        )
+    trained = {id(p) for p in returned}
     held = {id(p) for group in user.optimizer.param_groups for p in group["params"]}
     if trained - held:
         raise ParameterError(

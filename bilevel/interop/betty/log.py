@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel.callbacks.extras import require
 
-__all__ = ["Log", "line"]
+__all__ = ["Log", "flat", "line"]
 
 FOLDER = "betty_tensorboard"
 
@@ -54,7 +54,7 @@ class Log:
         """Records numbers under ``"tag/name"``; does nothing where ``kind`` is ``"none"``."""
         if self.kind == "none" or self._quiet:
             return
-        numbers = {key if tag is None else f"{tag}/{key}": value for key, value in _flat(stats).items()}
+        numbers = {key if tag is None else f"{tag}/{key}": value for key, value in flat(stats).items()}
         if self.kind == "wandb":
             import wandb
 
@@ -72,6 +72,10 @@ class Log:
         if self._writer is not None:
             self._writer.flush()
 
+    def error(self, message: str, *args: Any) -> None:
+        """Writes a line of level ERROR."""
+        self._write(logging.ERROR, message, *args)
+
     def _write(self, level: int, message: str, *args: Any) -> None:
         if self._quiet:
             return
@@ -84,10 +88,10 @@ class Log:
 
 def line(stats: Mapping[str, Any]) -> str:
     """Returns numbers as one line: ``"loss: 0.5 || acc: 91.2"``."""
-    return " || ".join(f"{key}: {value}" for key, value in _flat(stats).items())
+    return " || ".join(f"{key}: {value}" for key, value in flat(stats).items())
 
 
-def _flat(stats: Mapping[str, Any]) -> dict[str, Any]:
+def flat(stats: Mapping[str, Any]) -> dict[str, Any]:
     """Returns one entry a number; lists and mappings of several get a number behind their name."""
     flat: dict[str, Any] = {}
     for key, value in stats.items():

@@ -42,7 +42,11 @@ def check_type(kind: object) -> None:
         if kind not in _choices():
             raise unknown_name("value of Config.type", kind, _choices())
     elif isinstance(kind, (Estimator, Mapping)):
-        as_estimator(kind)
+        try:
+            as_estimator(kind)
+        except ConfigError as error:
+            error.args = (f"Config.type: {error}", *error.args[1:])
+            raise
     else:
         raise ConfigError(
             f"Config.type must be the name of a method, a mapping with 'method', or an estimator, not {kind!r}. "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bilevel.errors import unknown_name
+from bilevel.errors import ConfigError, unknown_name
 
 __all__ = ["Patience"]
 
@@ -34,8 +34,10 @@ class Patience:
             UnknownNameError: The metric is not among the numbers.
         """
         if self.metric not in validation_stats:
-            raise unknown_name("value of EngineConfig.early_stopping_metric", self.metric, validation_stats)
-        value = float(validation_stats[self.metric])
+            raise unknown_name(
+                "EngineConfig.early_stopping_metric, for what validation() returned:", self.metric, validation_stats
+            )
+        value = _number(self.metric, validation_stats[self.metric])
         best = self.best
         better = not math.isnan(value) and (best is None or (value < best if self.mode == "min" else value > best))
         if better:
@@ -43,3 +45,12 @@ class Patience:
         else:
             self.counter += 1
         return self.counter >= self.tolerance
+
+
+def _number(metric: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"EngineConfig.early_stopping_metric={metric!r} must be a number that validation() returns, not {value!r}"
+        ) from None

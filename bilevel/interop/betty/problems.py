@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,33 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from bilevel.errors import ConfigError, ParameterError
+from bilevel.errors import CheckpointError, ConfigError, ParameterError
 from bilevel.interop.betty.configs import Config
 from bilevel.interop.betty.data import converted
+from bilevel.interop.betty.log import line
 from bilevel.stepper import Scheduler
+from bilevel.validation import check_integer
 
 if TYPE_CHECKING:
     from bilevel.interop.betty.engine import Engine
 
 __all__ = ["HigherIterativeProblem", "ImplicitProblem", "IterativeProblem", "Problem"]
+
+
+HOOKS = (
+    "configure_train_data_loader",
+    "configure_module",
+    "configure_optimizer",
+    "configure_scheduler",
+    "param_groups",
+    "on_inner_loop_start",
+    "grad_callback",
+    "param_callback",
+    "custom_optimizer_step",
+    "epoch_callback",
+)
+"""What users may define beside the methods that there are."""
+_FIXED = ("module", "optimizer", "scheduler", "train_data_loader")
 
 
 class Problem:
@@ -60,17 +79,13 @@ class Problem:
         train_data_loader: Iterable[Any] | tuple[Iterable[Any], ...] | None = None,
         extra_config: Any = None,
     ) -> None:
-        if not str(name).isidentifier():
-            raise ConfigError(f"name of a problem must be an identifier, not {name!r}: others reach it as self.<name>")
-        config = Config() if config is None else config
-        if not isinstance(config, Config):
-            raise ConfigError(
-                f"config of problem {name!r} must be a bilevel.interop.betty.Config, not {type(config).__name__}"
-            )
-        self._name = name
-        self._config = config
+        self._name = _checked_name(name)
+        self._config = _checked_config(name, config)
         self._engine: Engine | None = None
         self._owned: tuple[str, ...] | None = None
+        self._loaders: tuple[Iterable[Any], ...] = ()
+        self._listed: list[Iterable[Any]] | None = None
+        self._cached: Any = None
         self.cfg = extra_config
         self.module = module
         self.optimizer = optimizer
@@ -103,8 +118,7 @@ class Problem:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module; what ``self.other(x)`` does in another problem."""
-        assert self.module is not None
-        return self.module(*args, **kwargs)
+        return self._module()(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls :meth:`forward`."""
@@ -121,8 +135,7 @@ class Problem:
     def get_batch_single_loader(self, idx: int) -> Any:
         """Returns the next batch of one of the loaders, from iterators of the problem's own."""
         if self.train_data_iterator is None or self.epoch_counter is None:
-            self.train_data_iterator = [iter(loader) for loader in self._loaders]
-            self.epoch_counter = [0] * len(self._loaders)
+            raise ConfigError(f"problem {self._name!r} draws from its loaders by the engine, or is in none yet")
         try:
             batch = next(self.train_data_iterator[idx])
         except StopIteration:
@@ -131,21 +144,19 @@ class Problem:
             self.epoch_counter[idx] += 1
             self.train_data_iterator[idx] = iter(self._loaders[idx])
             batch = next(self.train_data_iterator[idx])
-        return converted(batch, self.device)
+        return converted(batch, self.device, self._name)
 
     def parameters(self) -> Sequence[Tensor]:
         """Returns the module's parameters."""
-        assert self.module is not None
-        return list(self.module.parameters())
+        return list(self._module().parameters())
 
     def trainable_parameters(self) -> Sequence[Tensor]:
         """Returns the parameters that the problem trains: those that its optimiser holds, once there is an engine.
 
         Override it to train fewer of them: the engine takes the others out of the optimiser.
         """
-        assert self.module is not None
         # By way of the module: in a hypergradient it holds other values.
-        named = dict(self.module.named_parameters())
+        named = dict(self._module().named_parameters())
         return list(named.values()) if self._owned is None else [named[name] for name in self._owned]
 
     def meta_trainable_parameters(self) -> Sequence[Tensor]:
@@ -159,8 +170,7 @@ class Problem:
         if self.is_implemented("custom_optimizer_step"):
             self.custom_optimizer_step(*args, **kwargs)  # type: ignore[attr-defined]
         else:
-            assert self.optimizer is not None
-            self.optimizer.step()
+            self._optimizer().step()
 
     def clip_grad(self) -> None:
         """Clips the norm of the gradients in ``.grad``."""
@@ -173,42 +183,49 @@ class Problem:
 
     def get_opt_param_group_for_param(self, param: Tensor) -> dict[str, Any] | None:
         """Returns the optimiser's group that holds a parameter."""
-        assert self.optimizer is not None
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        groups: list[dict[str, Any]] = self._optimizer().param_groups
         return next((group for group in groups if any(p is param for p in group["params"])), None)
 
     def get_opt_state_for_param(self, param: Tensor) -> dict[str, Any]:
         """Returns the optimiser's state of a parameter."""
-        assert self.optimizer is not None
-        state: dict[str, Any] = self.optimizer.state[param]
+        state: dict[str, Any] = self._optimizer().state[param]
         return state
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of module, optimizer and scheduler; for a whole run use ``Engine.save``."""
-        assert self.module is not None
-        parts = {"module": self.module, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        parts: dict[str, Any] = {"module": self._module(), "optimizer": self._optimizer(), "scheduler": self.scheduler}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes back what :meth:`state_dict` returned."""
         for name in ("module", "optimizer", "scheduler"):
             part = getattr(self, name)
-            if part is not None and name in state_dict:
+            if part is not None:
+                if name not in state_dict:
+                    known = ", ".join(state_dict) or "nothing"
+                    raise CheckpointError(f"the state of problem {self._name!r} has no {name!r}; it has {known}")
                 part.load_state_dict(state_dict[name])
 
     def cache_states(self) -> None:
         """Keeps a copy of the states of module and optimizer for :meth:`recover_states`."""
-        assert self.module is not None
-        optimizer = None if self.optimizer is None else self.optimizer.state_dict()
-        self._cached = copy.deepcopy((self.module.state_dict(), optimizer))
+        self._cached = copy.deepcopy((self._module().state_dict(), self._optimizer().state_dict()))
 
-    def recover_states(self) -> None:
-        """Puts back what :meth:`cache_states` kept."""
-        assert self.module is not None
+    def recover_states(self, clean: bool = True) -> None:
+        """Puts back what :meth:`cache_states` kept.
+
+        Args:
+            clean: Whether to let go of it.
+
+        Raises:
+            ConfigError: Nothing is kept.
+        """
+        if self._cached is None:
+            raise ConfigError(f"problem {self._name!r} has no states to recover: call cache_states() first")
         module, optimizer = self._cached
-        self.module.load_state_dict(module)
-        if self.optimizer is not None and optimizer is not None:
-            self.optimizer.load_state_dict(optimizer)
+        self._module().load_state_dict(module)
+        self._optimizer().load_state_dict(optimizer)
+        if clean:
+            self._cached = None
 
     def set_module(self, module: nn.Module) -> None:
         """Sets the module, before there is an engine."""
@@ -223,15 +240,23 @@ class Problem:
         self.scheduler = scheduler
 
     def set_train_data_loader(self, loader: Iterable[Any], idx: int = 0) -> None:
-        """Sets one of the loaders, before there is an engine."""
-        loaders = list(self._loaders)
-        loaders[idx : idx + 1] = [loader]
-        self.train_data_loader = tuple(loaders) if len(loaders) > 1 else loaders[0]
+        """Sets one of the loaders, before there is an engine.
+
+        Raises:
+            ConfigError: There is no loader with this number.
+        """
+        given = self.train_data_loader
+        loaders = [given] if not isinstance(given, tuple) else list(given)
+        check_integer("set_train_data_loader()", "idx", idx, minimum=0)
+        if idx >= len(loaders):
+            raise ConfigError(f"problem {self._name!r} has {len(loaders)} loaders: there is no number {idx}")
+        loaders[idx] = loader
+        self.train_data_loader = tuple(part for part in loaders if part is not None) if len(loaders) > 1 else loader
 
     def log(self, stats: Mapping[str, Any], global_step: int | None) -> None:
         """Writes numbers of the present step as a line and to the logger."""
-        from bilevel.interop.betty.log import line
-
+        if self.logger is None:
+            raise ConfigError(f"problem {self._name!r} has no logger: it is in no engine yet")
         where = "" if global_step is None else f"[Global Step {global_step}] "
         self.logger.info(f'[Problem "{self._name}"] {where}[Local Step {self.count}] {line(stats)}')
         local = global_step is None or self._config.log_local_step
@@ -293,6 +318,36 @@ class Problem:
         return [] if engine is None else [engine.named(path) for path in engine.graph.paths[self._name]]
 
     @property
+    def gas(self) -> int:
+        """Batches an update."""
+        return self._config.gradient_accumulation
+
+    @property
+    def precision(self) -> str:
+        """That of the training passes."""
+        return self._config.precision
+
+    @property
+    def gradient_clipping(self) -> float:
+        """Largest norm of the gradient; 0 for no clipping."""
+        return self._config.gradient_clipping
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before those above take their first."""
+        return self._config.warmup_steps
+
+    @property
+    def log_step(self) -> int:
+        """Steps between log lines."""
+        return self._config.log_step
+
+    @property
+    def log_local_step(self) -> bool:
+        """Whether numbers are logged by the problem's own steps."""
+        return self._config.log_local_step
+
+    @property
     def leaf(self) -> bool:
         """Whether no problem steps before this one."""
         return not self.children
@@ -313,8 +368,12 @@ class Problem:
                     f"problem {self._name!r} has no {part}: pass {part}= or define configure_{part}(){instead}"
                 )
             if part == "module":
-                assert self.module is not None
-                self.module.to(self.device)
+                self._module().to(self.device)
+        self._take_loaders()
+        self._optimizer()
+        for hook in HOOKS:
+            if hasattr(self, hook) and not self.is_implemented(hook):
+                raise ConfigError(f"{hook} of problem {self._name!r} must be a method, not {getattr(self, hook)!r}")
         if self.is_implemented("param_groups"):
             self._regroup()
         if self.scheduler is None and self.is_implemented("configure_scheduler"):
@@ -328,24 +387,53 @@ class Problem:
             own.get_batch is not Problem.get_batch or own.get_batch_single_loader is not Problem.get_batch_single_loader
         )
 
-    @property
-    def _loaders(self) -> tuple[Iterable[Any], ...]:
-        loaders = self.train_data_loader
-        if isinstance(loaders, tuple):
-            return loaders
-        return () if loaders is None else (loaders,)
+    def _take_loaders(self) -> None:
+        given = self.train_data_loader
+        if given is not None and given is self._listed:
+            return  # by an engine that could not be made
+        self._loaders = given if isinstance(given, tuple) else () if given is None else (given,)
+        if given is None:
+            return
+        self.epoch_counter = [0] * len(self._loaders)
+        # As in Betty, a list of loaders from here on.
+        self.train_data_loader = self._listed = list(self._loaders)
+        if self.draws_itself:
+            self.train_data_iterator = [iter(loader) for loader in self._loaders]
+
+    def _module(self) -> nn.Module:
+        if not isinstance(self.module, nn.Module):
+            raise ConfigError(
+                f"module of problem {self._name!r} must be an nn.Module, not {self.module!r}: pass module= or define "
+                "configure_module() (which the engine calls)"
+            )
+        return self.module
+
+    def _optimizer(self) -> Optimizer:
+        if not isinstance(self.optimizer, Optimizer):
+            raise ConfigError(
+                f"optimizer of problem {self._name!r} must be a torch optimizer, not {self.optimizer!r}: pass "
+                "optimizer= or define configure_optimizer() (which the engine calls)"
+            )
+        return self.optimizer
 
     def _regroup(self) -> None:
-        assert self.optimizer is not None
+        optimizer = self._optimizer()
         if self.scheduler is not None:
             raise ParameterError(
                 f"problem {self._name!r} has param_groups() and a scheduler that was made for the optimizer's groups "
                 "before: define configure_scheduler(), which is called after it"
             )
-        self.optimizer.param_groups.clear()
-        self.optimizer.state.clear()
-        for group in self.param_groups():  # type: ignore[attr-defined]
-            self.optimizer.add_param_group(group if isinstance(group, dict) else {"params": group})
+        groups = self.param_groups()  # type: ignore[attr-defined]
+        if not isinstance(groups, (list, tuple)) or not all(isinstance(part, (dict, Tensor)) for part in groups):
+            raise ConfigError(
+                f"param_groups() of problem {self._name!r} must return a list of the optimizer's groups, "
+                f"[{{'params': …, 'lr': …}}, …], or of parameters, not {type(groups).__name__}"
+            )
+        optimizer.param_groups.clear()
+        optimizer.state.clear()
+        loose = [part for part in groups if isinstance(part, Tensor)]
+        for group in [{"params": loose}] if loose else groups:
+            optimizer.add_param_group(group)
 
 
 class ImplicitProblem(Problem):
@@ -360,27 +448,36 @@ class IterativeProblem(Problem):
 
     def fmodule(self, params: Sequence[Tensor], buffers: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         """Calls the module with these parameters and buffers."""
-        assert self.module is not None
-        names = [name for name, _ in self.module.named_parameters()]
-        more = [name for name, _ in self.module.named_buffers()]
+        names = [name for name, _ in self._module().named_parameters()]
+        more = [name for name, _ in self._module().named_buffers()]
         values = dict(zip([*names, *more], [*params, *buffers], strict=True))
-        return functional_call(self.module, values, args, kwargs)
+        return functional_call(self._module(), values, args, kwargs)
 
     @property
     def params(self) -> tuple[Tensor, ...]:
         """The module's parameters as they are now."""
-        assert self.module is not None
-        return tuple(self.module.parameters())
+        return tuple(self._module().parameters())
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """The module's buffers as they are now."""
-        assert self.module is not None
-        return tuple(self.module.buffers())
+        return tuple(self._module().buffers())
 
 
 class HigherIterativeProblem(IterativeProblem):
     """The same; in Betty it needs the package higher, here nothing."""
 
 
-_FIXED = ("module", "optimizer", "scheduler", "train_data_loader")
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ConfigError(f"name of a problem must be an identifier, not {name!r}: others reach it as self.<name>")
+    return name
+
+
+def _checked_config(name: str, config: object) -> Config:
+    if config is None:
+        return Config()
+    if not isinstance(config, Config):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(f"config of problem {name!r} must be a bilevel.interop.betty.Config, not {kind}")
+    return config
