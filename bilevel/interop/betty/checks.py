@@ -76,7 +76,7 @@ def check_problems(problems: Sequence[Problem], graph: Declared, config: EngineC
     known = {problem.name: problem for problem in problems}
     for name, problem in known.items():
         settings: Config = problem.config
-        over = [path[-2] for path in graph.paths[name]]
+        over = [other for path in graph.paths[name] for other in path[1:-1]]
         plain = [other for other in over if not isinstance(known[other], IterativeProblem)]
         if not settings.first_order and plain:
             raise ConfigError(

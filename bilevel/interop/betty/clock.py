@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bilevel.interop.betty.dependencies import Declared
@@ -86,6 +87,15 @@ class Clock:
         pace = self._paces[turn.name]
         first = (pace.warmup // pace.period + 1) * pace.period
         return (first if turn.count <= first else pace.period), pace.period
+
+    @contextmanager
+    def before(self, turn: Turn) -> Iterator[None]:
+        """Lets the body see the problem's count without this turn."""
+        self.counts[turn.name] -= 1
+        try:
+            yield
+        finally:
+            self.counts[turn.name] += 1
 
     def children(self, name: str) -> tuple[str, ...]:
         """Returns the problems that step before one."""

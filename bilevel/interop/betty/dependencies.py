@@ -24,11 +24,12 @@ class Declared:
 
     Attributes:
         names: All problems, each after those above it.
-        parents: By problem, those that step after it (its values in ``l2u``), in the order declared.
-        children: By problem, those that step before it.
-        lowers: By problem, those through which it is differentiated (its values in ``u2l``).
-        paths: By problem, the chains along which its hypergradient flows, each from the problem itself down to one in
-            its ``u2l`` and back up to it.
+        parents: By problem, those whose losses use its parameters and that step after it (its values in ``l2u``), in
+            the order declared.
+        children: By problem, those whose parameters its loss uses and that step before it.
+        lowers: By problem, those whose losses use its parameters (its values in ``u2l``).
+        paths: By problem, the chains along which its hypergradient flows: from its loss down through the problems that
+            it uses, to one whose loss uses its parameters.
     """
 
     names: tuple[str, ...]
@@ -48,7 +49,7 @@ class Declared:
         Raises:
             GraphError: They are no nested structure.
         """
-        reach = {name: frozenset({name, *self.parents[name], *self.lowers[name]}) for name in self.names}
+        reach = {name: frozenset({name, *self._used_by(name)}) for name in self.names}
         return dependencies_of(self.names, reach, {})
 
     def check_reach(self, name: str, reach: Iterable[str]) -> None:
@@ -61,15 +62,26 @@ class Declared:
         Raises:
             GraphError: A ``training_step`` uses the parameters of a problem to which no dependency leads.
         """
-        related = {name} | _closure(name, self.parents) | _closure(name, self.children)
-        for other in reach:
-            if other not in related:
-                raise GraphError(
-                    f"missing dependency: training_step of {name!r} uses the parameters of {other!r}, and neither "
-                    f"u2l nor l2u connects them. If {name!r} is above, declare u2l {{{name}: [{other}]}} and l2u "
-                    f"{{{other}: [{name}]}}; if it is below, the other way round; if {other!r} is to be a constant "
-                    "there, use it under torch.no_grad()."
-                )
+        missing = [other for other in self.names if other in reach and other not in {name, *self._used_by(name)}]
+        if not missing:
+            return
+        other = missing[0]
+        above = f"dependencies['u2l'] with {other}: [{name}]"
+        below = f"dependencies['l2u'] with {other}: [{name}]"
+        if other in _closure(name, self.parents):
+            remedy = f"complete {above}"
+        elif other in _closure(name, self.children):
+            remedy = f"complete {below}"
+        else:
+            remedy = f"complete {above} if {other!r} is above {name!r}, or {below} if it is below"
+        raise GraphError(
+            f"missing dependency: training_step of {name!r} uses the parameters of {other!r}, which is not declared: "
+            f"{remedy}. If {other!r} is to be a constant there, use it under torch.no_grad()."
+        )
+
+    def _used_by(self, name: str) -> tuple[str, ...]:
+        """Returns the problems whose parameters a loss is declared to use."""
+        return (*self.children[name], *(other for other in self.names if name in self.lowers[other]))
 
 
 def declared(problems: Sequence[Problem], dependencies: Mapping[str, Mapping[Problem, Iterable[Problem]]]) -> Declared:
@@ -109,8 +121,8 @@ def _checked_kinds(dependencies: object) -> Sequence[str]:
     for kind in KINDS:
         if kind not in dependencies:
             raise ConfigError(
-                f"missing dependency: dependencies has no field {kind!r}. Both are needed: 'u2l' says through which "
-                "lower problems an upper one is differentiated, 'l2u' after which lower problems it steps"
+                f"missing dependency: dependencies has no field {kind!r}. Both are needed: 'u2l' says which lower "
+                "losses use an upper problem's parameters, 'l2u' which upper losses use a lower problem's"
             )
     return KINDS
 
@@ -159,13 +171,13 @@ def _refuse_cycle(order: Sequence[str], parents: Mapping[str, Sequence[str]]) ->
 
 
 def _paths(name: str, lowers: Sequence[str], parents: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """Returns the ways up from every problem in ``lowers`` to one, from the top: ``(name, lower, …, name)``."""
+    """Returns the ways up from every problem in ``lowers`` to one, downwards: ``(name, …, lower, name)``."""
     found: list[tuple[str, ...]] = []
 
     def climb(chain: tuple[str, ...]) -> None:
         for parent in parents[chain[-1]]:
             if parent == name:
-                found.append((name, *chain, name))
+                found.append((name, *reversed(chain), name))
             else:
                 climb((*chain, parent))
 
@@ -174,8 +186,9 @@ def _paths(name: str, lowers: Sequence[str], parents: Mapping[str, Sequence[str]
         climb((lower,))
         if len(found) == before:
             raise GraphError(
-                f"missing dependency: dependencies['u2l'] says that {name!r} is differentiated through {lower!r}, but "
-                f"no chain in dependencies['l2u'] leads from {lower!r} up to {name!r}. Add {lower!r}: [{name!r}] to it."
+                f"missing dependency: dependencies['u2l'] says that the loss of {lower!r} uses the parameters of "
+                f"{name!r}, but no chain in dependencies['l2u'] leads from {lower!r} up to {name!r}, along which a "
+                f"hypergradient would come back. Add {lower}: [{name}] to it."
             )
     return tuple(found)
 
@@ -187,8 +200,8 @@ def _refuse_idle(order: Sequence[str], paths: Mapping[str, Sequence[Sequence[str
     if idle:
         raise GraphError(
             f"missing dependency: no hypergradient flows to or through problem {idle[0]!r}. dependencies['u2l'] must "
-            "name, for every problem above others, the lower problems that its loss uses; with dependencies['l2u'] "
-            "they lead back to it. Or train it by itself, without the engine."
+            "name, for every upper problem, the lower ones whose losses use its parameters, and dependencies['l2u'], "
+            "for every lower one, the upper ones whose losses use its parameters. Or train it without the engine."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,22 @@ from bilevel.result import StepResult
 from bilevel.settings import EngineConfig
 from bilevel.step import Step
 
-__all__ = ["Driver"]
+__all__ = ["Driver", "Run"]
+
+
+@dataclass
+class Run:
+    """What an engine knows of its present run.
+
+    Attributes:
+        patience: The early stopping.
+        start: Iterations that were made before it.
+        active: Whether iterations are made by ``run()``, which validates, and not by hand.
+    """
+
+    patience: Patience
+    start: int = 0
+    active: bool = False
 
 
 class Driver(Engine):
@@ -42,7 +58,7 @@ class Driver(Engine):
         config: Our settings.
         callbacks: Watchers.
         told: Called after every turn with what the problem's loss returned.
-        patience: The early stopping, whose count is saved with the state.
+        run: What is to be saved of the run.
 
     Raises:
         GraphError: A loss uses the parameters of a problem to which no dependency leads, or what our engine refuses.
@@ -56,7 +72,7 @@ class Driver(Engine):
         config: EngineConfig,
         callbacks: Sequence[Callback],
         told: Callable[[Turn, Mapping[str, Any]], None],
-        patience: Patience,
+        run: Run,
     ) -> None:
         self.levels = {level.name: level for level in levels}
         self.clock = clock
@@ -64,7 +80,7 @@ class Driver(Engine):
         self._told = told
         self._trajectories: dict[str, list[RecordedUpdate]] = {}
         self._starts: dict[str, LoopStart] = {}
-        super().__init__(levels, config, callbacks=(*callbacks, Carried(self.levels, patience)))
+        super().__init__(levels, config, callbacks=(*callbacks, Carried(self.levels, run)))
 
     def step(self, batches: Mapping[str, Any] | None = None) -> StepResult:
         """Runs one iteration."""
@@ -211,11 +227,11 @@ class _Planner(Planner):
 
 
 class Carried(Callback):
-    """Keeps in checkpoints what is Betty's own: unfinished accumulations, and the count of the early stopping."""
+    """Keeps in checkpoints what is Betty's own: unfinished accumulations, epochs, and the counts of the run."""
 
-    def __init__(self, levels: Mapping[str, Level], patience: Patience) -> None:
+    def __init__(self, levels: Mapping[str, Level], run: Run) -> None:
         self._levels = levels
-        self._patience = patience
+        self._run = run
 
     def state_dict(self) -> dict[str, Any]:
         """Returns sums and counts so far."""
@@ -226,12 +242,21 @@ class Carried(Callback):
                 parts = None if pending.gradients is None else list(pending.gradients)
                 sums[name] = {"count": pending.count, "gradients": parts}
         epochs = {name: list(level.carried["epochs"]) for name, level in self._levels.items()}
-        return {"sums": sums, "epochs": epochs, "best": self._patience.best, "counter": self._patience.counter}
+        patience = self._run.patience
+        return {
+            "sums": sums,
+            "epochs": epochs,
+            "start": self._run.start,
+            "best": patience.best,
+            "counter": patience.counter,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes sums and counts back."""
         best, sums = state["best"], state["sums"]
-        self._patience.best, self._patience.counter = None if best is None else float(best), int(state["counter"])
+        patience = self._run.patience
+        patience.best, patience.counter = None if best is None else float(best), int(state["counter"])
+        self._run.start = int(state["start"])
         for name, level in self._levels.items():
             level.carried.clear()
             level.carried["epochs"] = tuple(int(epoch) for epoch in state["epochs"][name])

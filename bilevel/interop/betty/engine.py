@@ -17,7 +17,7 @@ from bilevel.interop.betty.checks import check_arguments, check_problems
 from bilevel.interop.betty.clock import Clock, Pace, Turn
 from bilevel.interop.betty.configs import EngineConfig
 from bilevel.interop.betty.dependencies import Declared, declared
-from bilevel.interop.betty.driver import Driver
+from bilevel.interop.betty.driver import Driver, Run
 from bilevel.interop.betty.envs import Env
 from bilevel.interop.betty.level import Level
 from bilevel.interop.betty.log import Log, line
@@ -101,6 +101,7 @@ class Engine:
             self.config.early_stopping_metric, self.config.early_stopping_mode, self.config.early_stopping_tolerance
         )
         self._continues = False
+        self._run = Run(self.early_stopping)
         self._check_names()
         try:
             self._initialise()
@@ -124,15 +125,19 @@ class Engine:
         if iterations is not None:
             check_integer("run()", "iterations", iterations, minimum=1)
         else:
-            iterations = self.config.train_iters - (self.global_step if self._continues else 0)
+            iterations = self.config.train_iters - (self.global_step - self._run.start if self._continues else 0)
+        if not self._continues:
+            self._run.start = self.global_step
         self._continues = False
         if iterations < 1:
             self.logger.info(f"Nothing to do: {self.global_step} iterations have been made")
             return
         self.train()
         try:
+            self._run.active = True
             self.driver.run(iterations)
         finally:
+            self._run.active = False
             self.cleanup()
 
     def train_step(self) -> StepResult:
@@ -283,7 +288,7 @@ class Engine:
         levels = [self._level(known[name]) for name in self.graph.names]
         levels[0].after_step = self._after_iteration
         ours = replace(settings or _settings(), steps=self.config.train_iters)
-        driver = Driver(levels, self.graph, self._clock, ours, callbacks, self._told, self.early_stopping)
+        driver = Driver(levels, self.graph, self._clock, ours, callbacks, self._told, self._run)
         _broadcast(levels)
         return driver
 
@@ -306,7 +311,8 @@ class Engine:
             problem.log({"loss": values["loss"], **self.driver.levels[turn.name].said}, self.global_step + 1)
 
     def _after_iteration(self) -> None:
-        if not self.is_implemented("validation") or self.global_step % self.config.valid_step:
+        made = self.global_step - self._run.start
+        if not (self._run.active and self.is_implemented("validation")) or made % self.config.valid_step:
             return
         stats: Mapping[str, Any] = {}
         if self.do_validation():

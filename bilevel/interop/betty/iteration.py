@@ -67,7 +67,8 @@ class Iteration(Step):
         level = self.levels[turn.name]
         length, period = self.clock.loop(turn)
         if turn.place == 0:
-            level.restart()
+            with self.clock.before(turn):
+                level.restart()
             self.trajectories[turn.name] = []
         if level.rolls_back and turn.place == length - period:  # warm-up is behind it, and stays
             self._remember(level)
