@@ -84,6 +84,8 @@ class Engine:
         0.0
     """
 
+    _fewest = 2  # problems
+
     def __init__(
         self,
         problems: Sequence[Problem],
@@ -99,7 +101,7 @@ class Engine:
         self.step_count = 0
         self.skipped_steps = 0
         self.passes = PassCount()
-        _check_arguments(problems, self.config, self.callbacks)
+        _check_arguments(problems, self.config, self.callbacks, self._fewest)
         check_ownership(problems)
         slots = ParameterSlots(problem.module for problem in problems)
         every = {id(m): m for problem in problems for m in problem.module.modules()}.values()
@@ -445,7 +447,9 @@ class Engine:
             notices.callback(type(callback).__name__, hook, partial(getattr(callback, hook), self, *arguments))
 
 
-def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callbacks: Sequence[Callback]) -> None:
+def _check_arguments(
+    problems: Sequence[Problem], config: EngineConfig, callbacks: Sequence[Callback], fewest: int
+) -> None:
     if not isinstance(config, EngineConfig):
         raise ConfigError(
             f"config must be an EngineConfig, not {type(config).__name__}; the method goes to hypergradient="
@@ -453,7 +457,7 @@ def _check_arguments(problems: Sequence[Problem], config: EngineConfig, callback
     for problem in problems:
         if not isinstance(problem, Problem):
             raise GraphError(f"problems must be Problem instances, top level first; got a {type(problem).__name__}")
-    if len(problems) < 2:
+    if len(problems) < fewest:
         raise GraphError(f"an engine needs an outer and an inner problem; got {len(problems)}")
     for callback in callbacks:
         if not isinstance(callback, Callback):

@@ -101,7 +101,7 @@ def test_methods_are_named_in_several_ways(given: Any, expected: Estimator) -> N
         (
             "neuman",
             UnknownNameError,
-            "unknown method 'neuman': did you mean 'neumann'? Choices: 'amigo', 'bome', 'cg', 'conjugate_gradient'",
+            "unknown method 'neuman': did you mean 'neumann'? Choices: 'amigo', 'betty:cg', 'betty:darts',",
         ),
         ("zzz", UnknownNameError, "unknown method 'zzz'. Choices:"),
         ({"method": "exakt"}, UnknownNameError, "did you mean 'exact'?"),

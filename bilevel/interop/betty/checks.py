@@ -9,6 +9,7 @@ from bilevel.errors import ConfigError, GraphError
 from bilevel.interop.betty.configs import Config, EngineConfig
 from bilevel.interop.betty.dependencies import Declared
 from bilevel.interop.betty.envs import Env
+from bilevel.interop.betty.overrides import check_spelling, defined
 from bilevel.interop.betty.problems import IterativeProblem, Problem
 from bilevel.settings import EngineConfig as Settings
 
@@ -24,7 +25,6 @@ INTERNAL = frozenset(
         "parse_config",
         "parse_dependency",
         "set_problem_attr",
-        "train_step",
     }
 )
 """What Betty's engine calls and ours does not: an override would do nothing."""
@@ -44,11 +44,11 @@ def check_arguments(
         ConfigError: One is not; the message names it.
         GraphError: Problems that are none, twice there, of the same name, or in another engine.
     """
-    own = {name for cls in type(engine).__mro__ if not cls.__module__.startswith(_OWN) for name in vars(cls)}
-    for name in own & INTERNAL:
+    check_spelling(type(engine), ["validation", "train_step"])
+    for name in defined(type(engine)) & INTERNAL:
         raise ConfigError(
-            f"{type(engine).__name__} overrides {name}(), which the engine does not call here: only validation() is "
-            "the user's. To make iterations yourself, call train_step() in place of run()"
+            f"{type(engine).__name__} overrides {name}(), which the engine does not call here: only validation() and "
+            "train_step() are the user's"
         )
     if not isinstance(config, EngineConfig):
         raise ConfigError(
@@ -81,8 +81,7 @@ def check_problems(problems: Sequence[Problem], graph: Declared, config: EngineC
         if not settings.first_order and plain:
             raise ConfigError(
                 f"Config.first_order=False of problem {name!r} is not supported over {plain[0]!r}, which is no "
-                "IterativeProblem: Betty drops the hypergradient there without a word. Choices: True. To train without "
-                "it, use the lower problem under torch.no_grad()"
+                "IterativeProblem: Betty drops the hypergradient there without a word. Choices: True"
             )
         middle = graph.parents[name] and graph.children[name]
         if config.roll_back and (middle or len(graph.parents[name]) > 1):
@@ -90,7 +89,7 @@ def check_problems(problems: Sequence[Problem], graph: Declared, config: EngineC
                 f"EngineConfig.roll_back=True is for two levels, with one problem above each; {name!r} stands between "
                 "others or below several. Choices: False"
             )
-        overrides = {"cache_states", "recover_states"} & _defined(problem)
+        overrides = {"cache_states", "recover_states"} & defined(type(problem))
         if config.roll_back and overrides:
             raise ConfigError(
                 f"problem {name!r} overrides {sorted(overrides)[0]}(), which EngineConfig.roll_back=True does not "
@@ -101,13 +100,6 @@ def check_problems(problems: Sequence[Problem], graph: Declared, config: EngineC
                 f"Config.precision={settings.precision!r} is not supported for {name!r}, whose updates are "
                 "differentiated one by one. Choices: 'fp32'"
             )
-
-
-_OWN = __name__.rpartition(".")[0] + "."
-
-
-def _defined(problem: Problem) -> set[str]:
-    return {name for cls in type(problem).__mro__ if not cls.__module__.startswith(_OWN) for name in vars(cls)}
 
 
 def _checked_problems(problems: object) -> list[Problem]:
@@ -125,8 +117,8 @@ def _checked_problems(problems: object) -> list[Problem]:
             raise GraphError(f"two problems are named {problem.name!r}, or one of them is listed twice")
         problem.config.fixed()  # it may have been changed since it was made
         checked.append(problem)
-    if len(checked) < 2:
-        raise GraphError(f"an engine needs an upper and a lower problem; got {len(checked)}")
+    if not checked:
+        raise GraphError("an engine needs a problem; got none")
     return checked
 
 

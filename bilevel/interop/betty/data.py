@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from bilevel.data import BatchStream
 from bilevel.errors import DataError
 
 __all__ = ["Together", "converted", "share"]
@@ -42,29 +43,26 @@ class Together:
 
     Args:
         loaders: The loaders.
+        name: The problem's name, for messages.
     """
 
-    def __init__(self, loaders: Sequence[Iterable[Any]]) -> None:
+    def __init__(self, loaders: Sequence[Iterable[Any]], name: str) -> None:
         self._loaders = tuple(loaders)
+        self._name = name
 
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
-        """Yields without end: how often every loader has ended, and a batch of each."""
-        epochs = [0] * len(self._loaders)
-        iterators = [iter(loader) for loader in self._loaders]
-        while True:
-            batches = tuple(self._next(iterators, epochs, place) for place in range(len(iterators)))
-            yield tuple(epochs), batches
+        """Yields without end: how often every loader has ended, and a batch of each.
 
-    def _next(self, iterators: list[Iterator[Any]], epochs: list[int], place: int) -> Any:
-        try:
-            return next(iterators[place])
-        except StopIteration:
-            iterators[place] = iter(self._loaders[place])
-            epochs[place] += 1
-        try:
-            return next(iterators[place])
-        except StopIteration:
-            raise DataError(f"loader {place} of the tuple yields nothing, or was an iterator and has ended") from None
+        The order of all follows from one number of torch's generator.
+        """
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+        streams = [
+            BatchStream(loader, f"{self._name} (loader {place})", seed % 2**32)
+            for place, loader in enumerate(self._loaders)
+        ]
+        while True:
+            batches = tuple(stream.next() for stream in streams)
+            yield tuple(stream.epoch for stream in streams), batches
 
 
 def share(loader: Iterable[Any], rank: int, size: int) -> Iterable[Any]:
@@ -80,7 +78,8 @@ def share(loader: Iterable[Any], rank: int, size: int) -> Iterable[Any]:
     """
     if isinstance(loader, (list, tuple)):
         return loader[: len(loader) // size * size][rank::size]
-    if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+    indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if not isinstance(loader, DataLoader) or not indexed or loader.batch_sampler is None:
         raise DataError(
             f"strategy='distributed' gives each process its share of the batches, which a {type(loader).__name__} does "
             "not allow: use a DataLoader with batches over a data set with indices, or get_batch()"
@@ -102,6 +101,8 @@ def share(loader: Iterable[Any], rank: int, size: int) -> Iterable[Any]:
 class _Share(Sampler[list[int]]):
     def __init__(self, batches: Iterable[list[int]], rank: int, size: int) -> None:
         self._batches = batches
+        self.sampler = getattr(batches, "sampler", None)
+        """Where a generator may be that decides on the order."""
         self._rank = rank
         self._size = size
 

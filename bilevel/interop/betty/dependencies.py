@@ -49,6 +49,9 @@ class Declared:
         Raises:
             GraphError: They are no nested structure.
         """
+        if len(self.names) == 1:  # a baseline
+            (name,) = self.names
+            return Dependencies({name: frozenset({name})}, {}, {name: frozenset()}, (name,), ())
         reach = {name: frozenset({name, *self._used_by(name)}) for name in self.names}
         return dependencies_of(self.names, reach, {})
 
@@ -197,7 +200,7 @@ def _refuse_idle(order: Sequence[str], paths: Mapping[str, Sequence[Sequence[str
     """Raises for a problem through which and to which no hypergradient flows."""
     reached = {name for several in paths.values() for path in several for name in path}
     idle = [name for name in order if name not in reached]
-    if idle:
+    if idle and len(order) > 1:  # one problem alone is a baseline: nothing is missing
         raise GraphError(
             f"missing dependency: no hypergradient flows to or through problem {idle[0]!r}. dependencies['u2l'] must "
             "name, for every upper problem, the lower ones whose losses use its parameters, and dependencies['l2u'], "

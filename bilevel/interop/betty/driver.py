@@ -10,15 +10,17 @@ from typing import Any
 
 from bilevel.callbacks import Callback
 from bilevel.engine import Engine
-from bilevel.errors import BilevelError, CheckpointError
+from bilevel.errors import BilevelError, CheckpointError, ConfigError
 from bilevel.feed import Feed
 from bilevel.interop.betty.clock import Clock, Turn
 from bilevel.interop.betty.configs import PRECISIONS
 from bilevel.interop.betty.dependencies import Declared
 from bilevel.interop.betty.iteration import Iteration, LoopStart
 from bilevel.interop.betty.level import Level, Pending
+from bilevel.interop.betty.log import flat, is_number
 from bilevel.interop.betty.patience import Patience
 from bilevel.loss_scale import LossScale, LossScaling
+from bilevel.notices import Notices
 from bilevel.planning import Planner
 from bilevel.policy import SolvePolicy
 from bilevel.problems import Dependencies
@@ -59,10 +61,13 @@ class Driver(Engine):
         callbacks: Watchers.
         told: Called after every turn with what the problem's loss returned.
         run: What is to be saved of the run.
+        around: What a user has around an iteration, which :meth:`iterate` is to be called from; None if nothing.
 
     Raises:
         GraphError: A loss uses the parameters of a problem to which no dependency leads, or what our engine refuses.
     """
+
+    _fewest = 1  # Betty's programs train a baseline of one problem by the same engine
 
     def __init__(
         self,
@@ -73,27 +78,60 @@ class Driver(Engine):
         callbacks: Sequence[Callback],
         told: Callable[[Turn, Mapping[str, Any]], None],
         run: Run,
+        around: Callable[[], object] | None = None,
     ) -> None:
+        self._around = around
+        self._made: StepResult
+        self.present = 0
         self.levels = {level.name: level for level in levels}
         self.clock = clock
         self._graph = graph
         self._told = told
         self._trajectories: dict[str, list[RecordedUpdate]] = {}
         self._starts: dict[str, LoopStart] = {}
-        super().__init__(levels, config, callbacks=(*callbacks, Carried(self.levels, run)))
+        super().__init__(levels, config, callbacks=(Carried(self.levels, run), *callbacks))
 
     def step(self, batches: Mapping[str, Any] | None = None) -> StepResult:
+        """Runs one iteration, with what the user has around it.
+
+        Raises:
+            ConfigError: It does not make exactly one iteration.
+        """
+        if self._around is None or batches is not None:
+            return self.iterate(batches)
+        before, self.present = self.step_count, self.step_count + 1
+        try:
+            self._around()
+        finally:
+            self.present = 0
+        if self.step_count != before + 1:
+            raise ConfigError(
+                f"train_step() made {self.step_count - before} iterations and has to make one: step every lowest "
+                "problem in it once, with leaf.step(global_step=self.global_step), or call super().train_step()"
+            )
+        return self._made
+
+    def iterate(self, batches: Mapping[str, Any] | None = None) -> StepResult:
         """Runs one iteration."""
         self.clock.move_to(self.step_count)
+        outside, self.present = self.present, self.step_count + 1
         try:
-            return super().step(batches)
+            self._made = super().step(batches)
+            return self._made
         finally:
+            self.present = outside
             self.clock.move_to(self.step_count)
 
     @property
     def devices(self) -> tuple[str, ...]:
         """Where random numbers are drawn."""
         return tuple(self._gradients.devices)
+
+    def evaluated(self, stats: Mapping[str, Any]) -> None:
+        """Tells callbacks what validation has found, as ``"validation/name"``."""
+        metrics = {f"validation/{key}": float(value) for key, value in flat(stats).items() if is_number(value)}
+        with Notices(f"after step {self.step_count}") as notices:
+            self._tell(notices, "on_evaluate", metrics)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """See :meth:`bilevel.Engine.save`.
@@ -128,7 +166,8 @@ class Driver(Engine):
     def _keeps_loop(self, name: str) -> bool:
         level = self.levels[name]
         method = level.hypergradient
-        return level.rolls_back or (method is not None and method.needs_trajectory and method.recorded_steps != 1)
+        followed = method is not None and method.recorded_steps != 1 and bool(self._trajectories.get(name))
+        return followed or name in self._starts
 
     def _keeps_record(self, name: str) -> bool:
         return name not in self._graph.leaves or self.levels[name].accumulate > 1
@@ -209,6 +248,8 @@ class _Planner(Planner):
             raise reading.error
 
     def _dependencies(self, feed: Feed) -> Dependencies:
+        if len(self._levels) == 1:
+            return self._graph.dependencies()
         if not any(level.user.draws_itself for level in self._levels.values()):
             try:
                 found = super()._dependencies(feed)

@@ -102,6 +102,7 @@ class Engine:
         )
         self._continues = False
         self._run = Run(self.early_stopping)
+        self._waiting: list[str] = []
         self._check_names()
         try:
             self._initialise()
@@ -138,15 +139,39 @@ class Engine:
             self.driver.run(iterations)
         finally:
             self._run.active = False
-            self.cleanup()
+            self.logger.close()
+        self.cleanup()
 
     def train_step(self) -> StepResult:
         """Makes one iteration: a batch of every lowest problem, and of those above that are due.
 
+        May be overridden, to do something before (draw a task, say) and after: call ``super().train_step()`` in it, or
+        ``leaf.step(global_step=self.global_step)`` for all of :attr:`leaves`; they step with the last of them.
+
         Returns:
-            What our engine reports of it. Validation is the caller's business.
+            What our engine reports of it.
         """
-        return self.driver.step()
+        return self.driver.iterate()
+
+    def _around(self) -> None:
+        self._waiting = []
+        self.train_step()
+
+    def leaf_steps(self, leaf: Problem) -> None:
+        """Makes an iteration once each of the lowest problems was told to step.
+
+        Raises:
+            ConfigError: It is not among them, or was told so twice.
+        """
+        waiting = self._waiting or list(self.graph.leaves)
+        if leaf.name not in waiting:
+            raise ConfigError(
+                f"step() of problem {leaf.name!r}: it is called once an iteration, of the lowest problems only "
+                f"({', '.join(map(repr, self.graph.leaves))}); the others step when they are due"
+            )
+        self._waiting = [name for name in waiting if name != leaf.name]
+        if not self._waiting:
+            self.driver.iterate()
 
     @property
     def train_iters(self) -> int:
@@ -165,8 +190,9 @@ class Engine:
 
     @property
     def global_step(self) -> int:
-        """Iterations so far."""
-        return self.driver.step_count
+        """Iterations so far; within one, its number."""
+        driver: Driver | None = self.__dict__.get("driver")  # there is none while problems are initialised
+        return 0 if driver is None else max(driver.step_count, driver.present)
 
     @property
     def leaves(self) -> list[Problem]:
@@ -220,8 +246,7 @@ class Engine:
         return callable(getattr(self, fn_name, None))
 
     def cleanup(self) -> None:
-        """Flushes the log."""
-        self.logger.close()
+        """Says that the run is over."""
         self.logger.info("Multilevel optimization finished!")
 
     def set_dependency(self, dependencies: Mapping[str, Edges]) -> None:
@@ -288,7 +313,8 @@ class Engine:
         levels = [self._level(known[name]) for name in self.graph.names]
         levels[0].after_step = self._after_iteration
         ours = replace(settings or _settings(), steps=self.config.train_iters)
-        driver = Driver(levels, self.graph, self._clock, ours, callbacks, self._told, self._run)
+        around = None if type(self).train_step is Engine.train_step else self._around
+        driver = Driver(levels, self.graph, self._clock, ours, callbacks, self._told, self._run, around)
         _broadcast(levels)
         return driver
 
@@ -308,7 +334,7 @@ class Engine:
         problem = self.driver.levels[turn.name].user
         step = problem.config.log_step
         if step > 0 and turn.count % step == 0:
-            problem.log({"loss": values["loss"], **self.driver.levels[turn.name].said}, self.global_step + 1)
+            problem.log({"loss": values["loss"], **self.driver.levels[turn.name].said}, self.global_step)
 
     def _after_iteration(self) -> None:
         made = self.global_step - self._run.start
@@ -323,6 +349,7 @@ class Engine:
                 self.train()
             self.logger.info(f"[Validation] [Global Step {self.global_step}] {line(stats)}")
             self.logger.log(stats, tag="validation", step=self.global_step)
+            self.driver.evaluated(stats)
         if self.config.early_stopping and self._agreed(self.is_rank_zero() and self.early_stopping(stats)):
             self.logger.info("Early stopping is executed!")
             self.driver.stop("early stopping")
@@ -377,13 +404,14 @@ def _join(config: EngineConfig) -> None:
     dist.init_process_group(config.backend)
 
 
-def _device(config: EngineConfig) -> torch.device:
+def _device(config: EngineConfig) -> str | torch.device:
+    """Returns where problems live: a name, as in Betty, but for one of several devices."""
     if config.strategy == "cpu" or (config.strategy == "distributed" and config.backend == "gloo"):
-        return torch.device("cpu")
+        return "cpu"
     if config.strategy == "default" and not torch.cuda.is_available():
-        return torch.device("cpu")
+        return "cpu"
     if not torch.cuda.is_available():
         raise ConfigError(f"EngineConfig.strategy={config.strategy!r} needs a CUDA device, and torch finds none")
     if config.strategy == "distributed":
         return torch.device("cuda", distributed.rank() % torch.cuda.device_count())
-    return torch.device("cuda")
+    return "cuda"

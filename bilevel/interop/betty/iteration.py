@@ -145,3 +145,4 @@ class Iteration(Step):
         assert level.stepper is not None
         level.stepper.advance_scheduler(self._values)
         self.report.losses, self.report.norms = losses, norms
+        del self.starts[level.name]

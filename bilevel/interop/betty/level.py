@@ -13,8 +13,9 @@ from bilevel.data import BatchStream
 from bilevel.errors import ConfigError, ParameterError
 from bilevel.hypergrad import Estimator, Unrolled
 from bilevel.interop.betty.data import Together, converted, share
-from bilevel.interop.betty.log import flat
+from bilevel.interop.betty.log import flat, is_number
 from bilevel.interop.betty.methods import method_of
+from bilevel.interop.betty.overrides import check_spelling, defined
 from bilevel.interop.betty.problems import HOOKS, IterativeProblem
 from bilevel.interop.betty.problems import Problem as BettyProblem
 from bilevel.problems import Problem
@@ -24,7 +25,6 @@ from bilevel.vector import Tensors, add
 __all__ = ["Level", "Pending"]
 
 
-OWN = __name__.rpartition(".")[0] + "."
 INTERNAL = frozenset(
     {
         "add_child",
@@ -133,7 +133,7 @@ class Level(Problem):
             self.said = {}
             return result
         self.said = {key: _detached(value) for key, value in result.items() if key != "loss"}
-        numbers = {key: value for key, value in flat(self.said).items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in flat(self.said).items() if is_number(value)}
         return {"loss": result.get("loss"), **numbers} if "loss" in result else result
 
     def restart(self) -> None:
@@ -148,6 +148,8 @@ class Level(Problem):
 
     def begin_epoch(self, stream: BatchStream, batch: Any) -> None:
         """Calls the user's ``epoch_callback``, where the batch drawn last is the first of another epoch."""
+        if self.user.draws_itself:
+            return
         epochs = batch[0] if self._several else (stream.epoch,)
         ended = epochs[0] > self.carried["epochs"][0]
         self.carried["epochs"] = epochs
@@ -230,7 +232,7 @@ class Level(Problem):
         if len(loaders) == 1:
             return loaders[0]
         self._several = True
-        return Together(loaders)
+        return Together(loaders, user.name)
 
 
 def _detached(value: Any) -> Any:
@@ -253,12 +255,12 @@ def _method(user: BettyProblem) -> Estimator:
 
 def _check(user: BettyProblem, method: Estimator | None, *, has_children: bool) -> None:
     name, config = user.name, user.config
-    for cls in type(user).__mro__:
-        for hook in () if cls.__module__.startswith(OWN) else INTERNAL & set(vars(cls)):
-            raise ConfigError(
-                f"problem {name!r} overrides {hook}(), which belongs to the machinery of Betty's that does not exist "
-                f"here. What users may define: {', '.join(HOOKS)}, and the methods that Problem has"
-            )
+    for hook in INTERNAL & defined(type(user)):
+        raise ConfigError(
+            f"problem {name!r} overrides {hook}(), which belongs to the machinery of Betty's that does not exist "
+            f"here. What users may define: {', '.join(HOOKS)}, and the methods that Problem has"
+        )
+    check_spelling(type(user), [*HOOKS, "training_step", "get_batch", "forward"])
     if type(user).meta_trainable_parameters is not BettyProblem.meta_trainable_parameters:
         raise ConfigError(
             f"meta_trainable_parameters() of problem {name!r} is not supported: hypergradients flow through all "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel.callbacks.extras import require
 
-__all__ = ["Log", "flat", "line"]
+__all__ = ["Log", "flat", "is_number", "line"]
 
 FOLDER = "betty_tensorboard"
 
@@ -58,12 +58,13 @@ class Log:
         if self.kind == "wandb":
             import wandb
 
-            (wandb.run or wandb.init()).log(numbers, step=step)
+            # Not as wandb's own step: a problem that counts its own steps would be behind, and be dropped.
+            (wandb.run or wandb.init()).log({**numbers, "global_step": step})
             return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(log_dir=str(Path(FOLDER) / time.strftime("%Y-%m-%d_%H-%M-%S")))
+            self._writer = SummaryWriter(log_dir=str(_new_folder()))
         for key, value in numbers.items():
             self._writer.add_scalar(key, value, global_step=step)
 
@@ -84,6 +85,24 @@ class Log:
         handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         self._lines.handlers = [handler]
         self._lines.log(level, message, *args)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one that can be recorded."""
+    return isinstance(value, (int, float))
+
+
+def _new_folder() -> Path:
+    """Makes a folder named by the time."""
+    name, count = time.strftime("%Y-%m-%d_%H-%M-%S"), 1
+    while True:
+        folder = Path(FOLDER) / (name if count == 1 else f"{name}_{count}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            count += 1
+        else:
+            return folder
 
 
 def line(stats: Mapping[str, Any]) -> str:

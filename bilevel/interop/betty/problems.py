@@ -7,9 +7,11 @@ import keyword
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from bilevel.errors import CheckpointError, ConfigError, ParameterError
 from bilevel.interop.betty.configs import Config
@@ -129,13 +131,18 @@ class Problem:
 
         The engine calls it where it is overridden, and draws from the loaders otherwise.
         """
+        if not self._loaders:
+            raise ConfigError(f"problem {self._name!r} has no loader to draw from, or is in no engine yet")
         batches = tuple(self.get_batch_single_loader(place) for place in range(len(self._loaders)))
         return batches[0] if len(batches) == 1 else batches
 
     def get_batch_single_loader(self, idx: int) -> Any:
         """Returns the next batch of one of the loaders, from iterators of the problem's own."""
         if self.train_data_iterator is None or self.epoch_counter is None:
-            raise ConfigError(f"problem {self._name!r} draws from its loaders by the engine, or is in none yet")
+            raise ConfigError(
+                f"the engine draws the batches of problem {self._name!r}: to draw them yourself override "
+                "get_batch(), or iterate over the loader itself"
+            )
         try:
             batch = next(self.train_data_iterator[idx])
         except StopIteration:
@@ -145,6 +152,19 @@ class Problem:
             self.train_data_iterator[idx] = iter(self._loaders[idx])
             batch = next(self.train_data_iterator[idx])
         return converted(batch, self.device, self._name)
+
+    def step(self, global_step: int | None = None) -> None:
+        """Steps, and lets the problems above step that are due; for use in an engine's own ``train_step``.
+
+        Args:
+            global_step: The number of the iteration, which the engine knows.
+
+        Raises:
+            ConfigError: The problem has others below it, or stepped in this iteration already.
+        """
+        if self._engine is None:
+            raise ConfigError(f"step() of problem {self._name!r}: make an engine with it first")
+        self._engine.leaf_steps(self)
 
     def parameters(self) -> Sequence[Tensor]:
         """Returns the module's parameters."""
@@ -223,7 +243,7 @@ class Problem:
             raise ConfigError(f"problem {self._name!r} has no states to recover: call cache_states() first")
         module, optimizer = self._cached
         self._module().load_state_dict(module)
-        self._optimizer().load_state_dict(optimizer)
+        self._optimizer().load_state_dict(copy.deepcopy(optimizer))  # which goes on with the tensors it is given
         if clean:
             self._cached = None
 
@@ -399,6 +419,11 @@ class Problem:
         self.train_data_loader = self._listed = list(self._loaders)
         if self.draws_itself:
             self.train_data_iterator = [iter(loader) for loader in self._loaders]
+            return
+        for loader in self._loaders:
+            if isinstance(loader, DataLoader) and loader.generator is None:
+                # What Betty's iterator over it draws here: the modules made next get the same weights from a seed.
+                torch.empty((), dtype=torch.int64).random_()
 
     def _module(self) -> nn.Module:
         if not isinstance(self.module, nn.Module):
@@ -424,7 +449,8 @@ class Problem:
                 "before: define configure_scheduler(), which is called after it"
             )
         groups = self.param_groups()  # type: ignore[attr-defined]
-        if not isinstance(groups, (list, tuple)) or not all(isinstance(part, (dict, Tensor)) for part in groups):
+        kinds = {dict if isinstance(part, dict) else type(part) for part in groups} if _listed(groups) else {object}
+        if not kinds <= {dict} and not all(issubclass(kind, Tensor) for kind in kinds):
             raise ConfigError(
                 f"param_groups() of problem {self._name!r} must return a list of the optimizer's groups, "
                 f"[{{'params': …, 'lr': …}}, …], or of parameters, not {type(groups).__name__}"
@@ -466,6 +492,10 @@ class IterativeProblem(Problem):
 
 class HigherIterativeProblem(IterativeProblem):
     """The same; in Betty it needs the package higher, here nothing."""
+
+
+def _listed(value: object) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _checked_name(name: object) -> str:
