@@ -96,7 +96,7 @@ class MetaEngine(Engine):
         tasks, before, after = Tasks(slice(100, None), seed=1), [], []
         module = network()
         optimizer = optim.SGD(module.parameters(), lr=INNER_LR)
-        for _ in range(40):
+        for _ in range(20):
             task = tasks.draw()
             module.load_state_dict(self.outer.module.state_dict())
             before.append(accuracy(module, task["test"]))

@@ -115,7 +115,7 @@ def main(seed=0, train_iters=600, outer_lr=1e-2, roll_back=False, **hypergradien
     engine = ReweightingEngine(
         test,
         wrong,
-        config=EngineConfig(train_iters=train_iters, valid_step=100, roll_back=roll_back),
+        config=EngineConfig(train_iters=train_iters, valid_step=train_iters // 6, roll_back=roll_back),
         problems=[outer, inner],
         dependencies={"u2l": {outer: [inner]}, "l2u": {inner: [outer]}},
     )

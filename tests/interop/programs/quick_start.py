@@ -93,7 +93,7 @@ def main(seed=0, baseline=False, train_iters=600, outer_lr=3e-3, **hypergradient
         problems, u2l, l2u = [reweight, classifier], {reweight: [classifier]}, {classifier: [reweight]}
 
     engine = ReweightingEngine(
-        config=EngineConfig(train_iters=train_iters, valid_step=100),
+        config=EngineConfig(train_iters=train_iters, valid_step=train_iters // 6),
         problems=problems,
         dependencies={"u2l": u2l, "l2u": l2u},
     )
