@@ -295,7 +295,7 @@ def build(root: str, program: Program) -> tuple[Any, list[Entry]]:
 
         def param_callback(self) -> None:
             rates = [torch.tensor(group["lr"]) for group in self.optimizer.param_groups]
-            self.tell("param_callback", self.count, numbers=(*values(self), *rates))
+            self.tell("param_callback", self.count, *self.epoch_counter, numbers=(*values(self), *rates))
 
         def epoch_callback(self) -> None:
             self.tell("epoch_callback", self.count)

@@ -259,6 +259,27 @@ def test_sama_leaves_out_the_bias_correction() -> None:
     assert moment.shape == (3,)
 
 
+def cubic(low: Any, top: Any, x: Tensor) -> Tensor:
+    return lower(low, top, x) + top.value[0] * low.value.pow(3).sum()
+
+
+@pytest.mark.parametrize("alpha", [0.05, 1.0])
+def test_sama_leaves_out_the_rate_of_gradient_descent(alpha: float) -> None:
+    # The derivative of a step w − ηg is η times that of g. The third power makes the length of differences visible.
+    def found(root: str, kind: str) -> Seen:
+        config = {"type": kind, "sama_adam_alpha": alpha, "darts_alpha": alpha}
+        return watch(root, cubic, upper, Vector(START), Vector(OUTER), config=config)
+
+    ours = found(OURS, "sama")
+    w = ours.low[0]
+    v = w - T
+    h = alpha / v.norm()
+    difference = C.T @ v - torch.tensor([1.0, 0.0]) * (3 * w * w * v + h * h * v.pow(3)).sum()
+    assert close(ours.hypergradients[0], 0.1 * difference)
+    for root, kind in ((BETTY, "sama"), (OURS, "betty:sama"), (BETTY, "darts"), (OURS, "darts")):
+        assert close(found(root, kind).hypergradients[0], difference)
+
+
 # Roll-back
 
 BATCHES = [(torch.tensor([0.1 * k, -0.2 * k, 0.3], dtype=torch.float64),) for k in range(1, 8)]
@@ -488,51 +509,88 @@ class Inner(Problem):
         return curved(self.module, self.top.module, *batch)
 
 
-def test_iterative_problems_follow_the_updates() -> None:
-    config = {"unroll_steps": 3}
+def followed(root: str, config: dict[str, Any], *, roll_back: bool = False, kind: str = "IterativeProblem") -> Seen:
+    """A program whose lower problem is differentiated update by update."""
+    low = Vector(START)
+    sgd = torch.optim.SGD(low.parameters(), lr=0.2, momentum=0.5)
+    options: dict[str, Any] = {"optimizer": sgd, "config": config, "batches": BATCHES, "kind": kind}
+    return watch(root, curved, upper, low, Vector(OUTER), iterations=17, engine={"roll_back": roll_back}, **options)
 
-    def found(root: str, kind: str = "IterativeProblem", batches: Any = BATCHES[:1]) -> Seen:
-        low = Vector(START)
-        sgd = torch.optim.SGD(low.parameters(), lr=0.2, momentum=0.5)
-        options: Any = {"optimizer": sgd, "config": config, "batches": batches, "kind": kind}
-        return watch(root, curved, upper, low, Vector(OUTER), iterations=9, **options)
 
-    with pytest.raises(KeyError, match="params"):
-        found(BETTY)
-
-    # A loop that autograd follows: the parameters and momentum that an inner loop begins with are constants.
+def followed_by_hand(unroll: int, accumulate: int = 1, warmup: int = 0, roll_back: bool = False) -> Seen:
+    """A loop that autograd follows: what the last ``unroll`` updates begin with is constant."""
+    seen, period = Seen(), unroll * accumulate
     w, velocity, lam = torch.tensor(START), torch.zeros(3), torch.tensor(OUTER)
-    hypergradients = []
-    for _ in range(3):
-        lam = lam.detach().requires_grad_()
-        w, velocity = w.detach(), velocity.detach()
-        for _ in range(3):
-            z = w - C @ lam
-            velocity = 0.5 * velocity + H @ z + torch.cos(w) / 5 - BATCHES[0][0]
-            w = w - 0.2 * velocity
-        (gradient,) = torch.autograd.grad((w - T).square().sum() / 2, lam)
-        hypergradients.append(gradient)
-        lam = lam - 0.1 * gradient
-    ours = found(OURS)
-    assert len(ours.hypergradients) == 3
-    assert all(close(one, other, 1e-11) for one, other in zip(ours.hypergradients, hypergradients, strict=True))
-    assert close(ours.low[-1], w.detach(), 1e-11)
-    assert far(found(OURS, "ImplicitProblem").hypergradients[0], hypergradients[0])
+    for count in range(1, 18):
+        if (count - 1) % period == 0:
+            w, velocity, lam = w.detach(), velocity.detach(), lam.detach().requires_grad_()
+            kept = (w, velocity)
+        if count % accumulate:
+            continue
+        x = torch.stack([BATCHES[place % len(BATCHES)][0] for place in range(count - accumulate, count)]).mean(0)
 
-    # The same by our engine in its own terms, with a batch of its own for each update.
+        def update(w: Tensor, velocity: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            velocity = 0.5 * velocity + H @ (w - C @ lam) + torch.cos(w) / 5 - x  # noqa: B023
+            return w - 0.2 * velocity, velocity
+
+        w, velocity = update(w, velocity, x)
+        seen.low.append(w.detach())
+        if count % period == 0 and count > warmup:
+            (gradient,) = torch.autograd.grad((w - T).square().sum() / 2, lam)
+            seen.hypergradients.append(gradient)
+            lam = lam.detach() - 0.1 * gradient
+            seen.top.append(lam)
+            if roll_back:
+                w, velocity = update(*kept, x)
+                seen.low.append(w.detach())
+    return seen
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"unroll": 1},
+        {"unroll": 3},
+        {"unroll": 2, "accumulate": 2},
+        {"unroll": 3, "warmup": 4},
+        {"unroll": 2, "accumulate": 2, "warmup": 5},
+        {"unroll": 3, "roll_back": True},
+        {"unroll": 2, "accumulate": 2, "roll_back": True},
+        {"unroll": 2, "warmup": 5, "roll_back": True},
+    ],
+    ids=str,
+)
+def test_iterative_problems_follow_the_updates(fields: dict[str, int]) -> None:
+    config = {
+        "unroll_steps": fields["unroll"],
+        "gradient_accumulation": fields.get("accumulate", 1),
+        "warmup_steps": fields.get("warmup", 0),
+    }
+    roll_back = bool(fields.get("roll_back"))
+    with pytest.raises(KeyError, match="params"):
+        followed(BETTY, config, roll_back=roll_back)
+    found, expected = followed(OURS, config, roll_back=roll_back), followed_by_hand(**fields)
+    assert len(expected.top) >= 2
+    for one, other in zip(
+        (*found.hypergradients, *found.top, *found.low),
+        (*expected.hypergradients, *expected.top, *expected.low),
+        strict=True,
+    ):
+        assert close(one, other, 1e-11)
+
+
+def test_iterative_problems_are_ours_unrolled() -> None:
     top, low = Vector(OUTER), Vector(START)
     sgd = torch.optim.SGD(low.parameters(), lr=0.2, momentum=0.5)
-    engine = Engine(
-        [
-            Outer(top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1), data=BATCHES, name="top"),
-            Inner(low, optimizer=sgd, data=BATCHES, steps=3, hypergradient=Unrolled(), name="low"),
-        ],
-        EngineConfig(steps=3, progress=False),
-    )
+    inner = Inner(low, optimizer=sgd, data=BATCHES, steps=3, hypergradient=Unrolled(), name="low")
+    outer = Outer(top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1), data=BATCHES, name="top")
+    engine = Engine([outer, inner], EngineConfig(steps=5, progress=False))
     engine.run()
-    seen = found(OURS, batches=BATCHES)
-    assert close(seen.top[-1], flat(top.parameters()), 1e-12)
-    assert close(seen.low[-1], flat(low.parameters()), 1e-12)
+    seen = followed(OURS, {"unroll_steps": 3})
+    assert close(seen.top[4], flat(top.parameters()), 1e-12)
+    assert close(seen.low[14], flat(low.parameters()), 1e-12)
+    implicit = followed(OURS, {"unroll_steps": 3}, kind="ImplicitProblem")
+    assert far(implicit.hypergradients[0], seen.hypergradients[0])
 
 
 def test_an_inner_loss_in_a_mapping() -> None:
