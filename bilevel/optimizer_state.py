@@ -14,7 +14,14 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from bilevel.stepper import Scheduler
 
-__all__ = ["Kept", "load_scheduler_state", "scheduler_state"]
+__all__ = ["Kept", "alike", "load_scheduler_state", "scheduler_state"]
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+def alike(left: Tensor, right: Tensor) -> bool:
+    """Whether one tensor can be copied into the other without a change of either's form."""
+    return (left.shape, left.dtype, left.device, left.layout) == (right.shape, right.dtype, right.device, right.layout)
 
 
 class Kept:
@@ -30,14 +37,27 @@ class Kept:
     def __init__(self, optimizer: Optimizer, scheduler: Scheduler | None, shared: Iterable[object] = ()) -> None:
         self._optimizer = optimizer
         self._scheduler = scheduler
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        self._shared = {id(part): part for part in (optimizer, *held, *shared)}
-        self._state = {key: self._copied(value) for key, value in optimizer.state.items()}
+        self._state: dict[Any, Any] = {}
+        self.take(shared)
+
+    def take(self, shared: Iterable[object] = ()) -> None:
+        """Keeps the state as it is now, in the tensors that held the one before: fresh memory costs several times that.
+
+        Args:
+            shared: As for the class.
+        """
+        self._others: Iterable[object] = shared
+        self._shared: dict[int, object] = {}
+        self._state = self._copied(dict(self._optimizer.state), self._state)
         self._groups = [
-            (group, {key: self._copied(value) for key, value in group.items() if key != "params"})
-            for group in optimizer.param_groups
+            (group, self._copied({key: value for key, value in group.items() if key != "params"}))
+            for group in self._optimizer.param_groups
         ]
-        self._schedule = None if scheduler is None else self._copied(scheduler.state_dict())
+        self._schedule = None if self._scheduler is None else self._copied(self._scheduler.state_dict())
+
+    def of(self, optimizer: Optimizer, scheduler: Scheduler | None) -> bool:
+        """Whether it is the state of these two."""
+        return self._optimizer is optimizer and self._scheduler is scheduler
 
     def restore(self) -> None:
         """Puts everything back; tensors in place."""
@@ -59,18 +79,24 @@ class Kept:
         if isinstance(kept, dict) and isinstance(live, dict):
             self._put_parts(live, kept)
             return live
-        if isinstance(kept, Tensor) and isinstance(live, Tensor):
-            same = live.shape == kept.shape and live.dtype == kept.dtype and live.device == kept.device
-            if same:
-                with torch.no_grad():
-                    return live.copy_(kept)
+        if isinstance(kept, Tensor) and isinstance(live, Tensor) and alike(live, kept):
+            with torch.no_grad():
+                return live.copy_(kept)
         return self._copied(kept)
 
-    def _copied(self, value: Any) -> Any:
+    def _copied(self, value: Any, into: Any = None) -> Any:
+        """Returns a copy, whose tensors are those of ``into`` where they fit."""
         if isinstance(value, Tensor):
-            return value.detach().clone()
+            fits = type(into) is Tensor and alike(into, value)
+            return into.copy_(value.detach()) if fits else value.detach().clone()
         if type(value) is dict:
-            return {key: self._copied(part) for key, part in value.items()}
+            old = into if isinstance(into, dict) else {}
+            return {key: self._copied(part, old.get(key)) for key, part in value.items()}
+        if type(value) in _CONSTANTS or (type(value) is tuple and all(type(part) in _CONSTANTS for part in value)):
+            return value
+        if not self._shared:
+            held = (p for group in self._optimizer.param_groups for p in group["params"])
+            self._shared = {id(part): part for part in (self._optimizer, *held, *self._others)}
         return copy.deepcopy(value, dict(self._shared))
 
 

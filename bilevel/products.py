@@ -25,9 +25,10 @@ from bilevel.functional import (
     leaves,
     require_finite,
 )
-from bilevel.vector import Tensors, norm, promote, zeros_like
+from bilevel.vector import Tensors, axpy, norm, promote, zeros_like
 
 __all__ = [
+    "TOLERATED_ROUNDING",
     "DifferenceProducts",
     "FieldProducts",
     "GaussNewtonGraph",
@@ -35,11 +36,14 @@ __all__ = [
     "Products",
     "difference_length",
     "displaced",
+    "displacement_error",
     "lost_to_rounding",
 ]
 
 
 LARGEST_FIELD = 5_000
+TOLERATED_ROUNDING = 0.1
+"""Of a displacement: where rounding changes more of it, a difference says nothing."""
 
 
 class Products(ABC):
@@ -52,7 +56,8 @@ class Products(ABC):
         value: The loss.
         active: Which inner variables reach the loss.
         gradient: ``g`` over the active variables.
-        lost: The largest relative error that rounding has left in a displacement; 0 where nothing is displaced.
+        lost: The largest relative error that rounding has left in a displacement, see :func:`displacement_error`; 0
+            where nothing is displaced.
         transposed: Whether the curvature's products are with the transpose of ``∂g/∂w``, as the adjoint system asks;
             where they are not, the answer is right for a symmetric one only.
     """
@@ -227,7 +232,8 @@ class DifferenceProducts(Products):
         self._objective = objective
         self._inner = tuple(part.detach() for part in inner)
         self._outer = outer
-        self.length = difference_length(step, inner)
+        self._size = float(norm(self._inner))
+        self.length = difference_length(step, inner, self._size)
         point = leaves(inner)
 
         def body(evaluate: Evaluate) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -261,10 +267,12 @@ class DifferenceProducts(Products):
         size = float(norm(q))
         if size == 0.0:
             return zeros_like(promote(q)), zeros_like(promote(self._outer))
-        moves = self._spread(tuple(part * (self.length / size) for part in promote(q)))
-        places = displaced(self._inner, moves, 1), displaced(self._inner, moves, -1)
-        self.lost = max(self.lost, lost_to_rounding(places[0], places[1], moves))
-        ahead, behind = (self._derivatives(place, inner=inner, outer=outer) for place in places)
+        direction, factor = self._spread(promote(q)), self.length / size
+        self.lost = max(self.lost, displacement_error(self._inner, direction, factor, self.length, self._size))
+        ahead, behind = (
+            self._derivatives(displaced(self._inner, direction, side), inner=inner, outer=outer)
+            for side in (factor, -factor)
+        )
         half = size / (2 * self.length)
         result = tuple((a - b) * half for a, b in zip(promote(ahead), promote(behind), strict=True))
         count = sum(self.active) if inner else 0
@@ -343,24 +351,55 @@ class FieldProducts(GradientGraph):
         return torch.stack(columns, dim=1)
 
 
-def difference_length(step: float | str, inner: Tensors) -> float:
+def difference_length(step: float | str, inner: Tensors, size: float | None = None) -> float:
     """Returns the length ε of a displacement.
 
     A number is taken as it is; ``"auto"`` is ``u^(1/3) · sqrt(1 + ‖w‖)`` with the round-off u of the parameters' dtype,
-    which balances the errors of truncation and rounding.
+    which balances the errors of truncation and rounding. ``size`` is ``‖w‖`` where it is known.
     """
     if not isinstance(step, str):
         return step
     roundoff = max(torch.finfo(part.dtype).eps for part in inner)
-    return float(roundoff ** (1 / 3) * math.sqrt(1 + float(norm([part.detach() for part in inner]))))
+    size = float(norm([part.detach() for part in inner])) if size is None else size
+    return float(roundoff ** (1 / 3) * math.sqrt(1 + size))
 
 
-def displaced(inner: Tensors, moves: Tensors, sign: int) -> Tensors:
-    """Returns ``w ± move`` in the parameters' dtypes."""
-    return tuple((part.detach() + sign * move).to(part.dtype) for part, move in zip(inner, moves, strict=True))
+def displaced(inner: Tensors, direction: Tensors, factor: float) -> Tensors:
+    """Returns ``w + factor · direction`` in the parameters' dtypes."""
+    pairs = zip(inner, direction, strict=True)
+    return tuple(axpy(factor, [move.detach()], [part.detach()])[0].to(part.dtype) for part, move in pairs)
 
 
-def lost_to_rounding(ahead: Tensors, behind: Tensors, moves: Tensors) -> float:
-    """Returns the relative error that rounding to the parameters' dtype leaves in a displacement."""
-    errors = [(a.to(move.dtype) - b.to(move.dtype)) - 2 * move for a, b, move in zip(ahead, behind, moves, strict=True)]
-    return float(norm(errors) / (2 * norm(moves)))
+def displacement_error(
+    inner: Tensors, direction: Tensors, factor: float, length: float, size: float, *, central: bool = True
+) -> float:
+    """Returns the relative error that rounding to the parameters' dtype leaves in a displacement, or a bound of it.
+
+    Rounding changes ``w ± m`` by at most ``u ‖w ± m‖ + t √n``, with the dtype's round-off u, its smallest normal number
+    t, and n entries. Where that is at most :data:`TOLERATED_ROUNDING` of ``‖m‖``, it is returned; elsewhere the error
+    itself, which takes the displaced parameters.
+
+    Args:
+        inner: w.
+        direction: The direction of the displacement ``m = factor · direction``.
+        factor: Its factor.
+        length: ``‖m‖``.
+        size: ``‖w‖``.
+        central: Whether w is displaced to both sides.
+    """
+    numbers = [torch.finfo(part.dtype) for part in inner]
+    entries = sum(part.numel() for part in inner)
+    relative, absolute = max(n.eps for n in numbers), max(n.tiny for n in numbers) * math.sqrt(entries)
+    bound = relative * (1 + size / length) + absolute / length
+    if bound <= TOLERATED_ROUNDING:
+        return bound
+    ahead = displaced(inner, direction, factor)
+    behind = displaced(inner, direction, -factor) if central else inner
+    return lost_to_rounding(ahead, behind, direction, 2 * factor if central else factor)
+
+
+def lost_to_rounding(ahead: Tensors, behind: Tensors, direction: Tensors, factor: float = 2.0) -> float:
+    """Returns the relative error of ``ahead − behind = factor · direction``."""
+    triples = zip(ahead, behind, direction, strict=True)
+    errors = [(a.to(move.dtype) - b.detach().to(move.dtype)).sub_(move, alpha=factor) for a, b, move in triples]
+    return float(norm(errors) / (factor * norm(direction)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bilevel.data import BatchStream
 from bilevel.functional import PassCount
 from bilevel.loss_scale import LossScale
-from bilevel.optimizer_state import Kept
+from bilevel.optimizer_state import Kept, alike
 from bilevel.problems import Problem
 from bilevel.randomness import States, capture, restore
 
@@ -25,7 +25,6 @@ __all__ = ["Snapshot"]
 class _Taken:
     """What one step may change, beside tensors."""
 
-    optimizers: list[Kept]
     updates: list[int]
     buffers: list[dict[str, Tensor | None]]
     modes: list[bool]
@@ -69,6 +68,7 @@ class Snapshot:
         self._passes = passes
         self._live: list[Tensor] = []
         self._kept: list[Tensor] = []
+        self._optimizers: dict[str, Kept] = {}
         self._taken: _Taken | None = None
 
     def take(self, tables: Sequence[dict[str, Any]]) -> None:
@@ -80,14 +80,10 @@ class Snapshot:
         """
         self._taken = None
         self._copy_tensors()
+        self._copy_optimizers()
         for stream in self._streams.values():
             stream.mark()
         self._taken = _Taken(
-            [
-                Kept(problem.optimizer, problem.scheduler, problem.module.modules())
-                for problem in self._problems
-                if problem.optimizer is not None
-            ],
             [problem.num_updates for problem in self._problems],
             [dict(module._buffers) for module in self._with_buffers],
             [module.training for module in self._modules],
@@ -122,7 +118,7 @@ class Snapshot:
         with torch.no_grad():
             for tensor, kept in zip(self._live, self._kept, strict=True):
                 tensor.copy_(kept)
-        for state in taken.optimizers:
+        for state in self._optimizers.values():
             state.restore()
         for problem, updates in zip(self._problems, taken.updates, strict=True):
             problem.num_updates = updates
@@ -145,18 +141,26 @@ class Snapshot:
     def _copy_tensors(self) -> None:
         """Copies parameters and buffers into tensors that stay: fresh memory costs several times the copy."""
         live = _tensors(self._problems, self._with_buffers)
-        if [id(tensor) for tensor in live] != [id(tensor) for tensor in self._live] or not _alike(live, self._kept):
+        same = [id(tensor) for tensor in live] == [id(tensor) for tensor in self._live]
+        if not same or not all(map(alike, live, self._kept)):
             self._live, self._kept = live, [tensor.detach().clone() for tensor in live]
             return
         with torch.no_grad():
             for tensor, kept in zip(live, self._kept, strict=True):
                 kept.copy_(tensor)
 
-
-def _alike(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return all(
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(left, right, strict=True)
-    )
+    def _copy_optimizers(self) -> None:
+        """As for parameters."""
+        before, self._optimizers = self._optimizers, {}
+        for problem in self._problems:
+            if problem.optimizer is None:
+                continue
+            kept = before.get(problem.name)
+            if kept is not None and kept.of(problem.optimizer, problem.scheduler):
+                kept.take(problem.module.modules())
+            else:
+                kept = Kept(problem.optimizer, problem.scheduler, problem.module.modules())
+            self._optimizers[problem.name] = kept
 
 
 def _tensors(problems: Iterable[Problem], modules: Iterable[nn.Module]) -> list[Tensor]:

@@ -15,6 +15,9 @@ __all__ = ["Tensors", "add", "axpy", "dot", "is_finite", "norm", "promote", "sca
 
 Tensors = tuple[Tensor, ...]
 
+LARGEST_FUSED = 6e4
+"""Torch raises where a factor of ``torch.add`` is no number of the tensors' dtype; this one is in all of them."""
+
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Returns ``Σᵢ ⟨leftᵢ, rightᵢ⟩`` as a float64 scalar tensor (no synchronisation with the device)."""
@@ -43,7 +46,9 @@ def norm(vector: Sequence[Tensor]) -> Tensor:
 
 def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensors:
     """Returns ``alpha · x + y``."""
-    return tuple(b + _scalar(alpha, a) * a for a, b in zip(x, y, strict=True))
+    if isinstance(alpha, Tensor) or not abs(alpha) < LARGEST_FUSED:
+        return tuple(b + _scalar(alpha, a) * a for a, b in zip(x, y, strict=True))
+    return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:

@@ -16,14 +16,13 @@ from bilevel.functional import (
     leaves,
     require_finite,
 )
-from bilevel.products import GradientGraph, difference_length, displaced
+from bilevel.products import TOLERATED_ROUNDING, GradientGraph, difference_length, displaced, displacement_error
 from bilevel.result import Status
 from bilevel.vector import Tensors, is_finite, norm, promote, zeros_like
 
 __all__ = ["DIFFERENCES", "MixedProduct", "forward_length", "mixed_product"]
 
 DIFFERENCES = ("exact", "central", "forward")
-TOLERATED_ROUNDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -78,35 +77,40 @@ def mixed_product(
     if size == 0.0:
         return MixedProduct(zeros_like(outer))
     central = difference == "central"
-    length = difference_length(epsilon, inner) if central else forward_length(epsilon, inner)
-    with torch.no_grad():
-        moves = tuple(part * (length / size) for part in q)
-        ahead = displaced(inner, moves, 1)
-        behind = displaced(inner, moves, -1) if central else tuple(part.detach() for part in inner)
-        lost = _lost(ahead, behind, moves, 2 if central else 1)
-    first = promote(_outer_gradient(objective, ahead, outer))
-    second = promote(_outer_gradient(objective, behind, outer) if central or base is None else base)
-    factor = size / (2 * length if central else length)
-    value = tuple((a - b) * factor for a, b in zip(first, second, strict=True))
+    weight = float(norm([part.detach() for part in inner]))
+    length = (difference_length if central else forward_length)(epsilon, inner, weight)
+    factor = length / size
+    lost = displacement_error(inner, q, factor, length, weight, central=central)
+    # One displaced copy of the parameters at a time.
+    first = promote(_outer_gradient(objective, displaced(inner, q, factor), outer))
+    if central:
+        second, products = _outer_gradient(objective, displaced(inner, q, -factor), outer), 2
+    elif base is None:
+        second, products = _outer_gradient(objective, tuple(part.detach() for part in inner), outer), 2
+    else:
+        second, products = base, 1
+    quotient = size / (2 * length if central else length)
+    value = tuple((a - b) * quotient for a, b in zip(first, promote(second), strict=True))
     status = Status.INACCURATE if lost > TOLERATED_ROUNDING else Status.NOT_APPLICABLE
     if not is_finite(value):
         status = Status.DIVERGED
     if status is Status.DIVERGED or float(norm(value)) == 0.0:
         _require_dependence(objective, inner, outer)
-    message = f"epsilon {length:.3g}, norm of direction {size:.3g}, rounding of the displacement {lost:.0e}"
-    return MixedProduct(value, status, 2 if central or base is None else 1, message)
+    message = f"epsilon {length:.3g}, norm of direction {size:.3g}, rounding of the displacement at most {lost:.0e}"
+    return MixedProduct(value, status, products, message)
 
 
-def forward_length(epsilon: float | str, inner: Tensors) -> float:
+def forward_length(epsilon: float | str, inner: Tensors, size: float | None = None) -> float:
     """Returns the length ε of a forward displacement.
 
     A number is taken as it is; ``"auto"`` is ``u^(1/2) · sqrt(1 + ‖w‖)`` with the round-off u of the parameters' dtype,
-    which balances an error of order ε with rounding of order u/ε.
+    which balances an error of order ε with rounding of order u/ε. ``size`` is ``‖w‖`` where it is known.
     """
     if not isinstance(epsilon, str):
         return epsilon
     roundoff = max(torch.finfo(part.dtype).eps for part in inner)
-    return math.sqrt(roundoff) * math.sqrt(1 + float(norm([part.detach() for part in inner])))
+    size = float(norm([part.detach() for part in inner])) if size is None else size
+    return math.sqrt(roundoff) * math.sqrt(1 + size)
 
 
 def _exact(objective: Objective, inner: Tensors, outer: Tensors, q: Tensors) -> MixedProduct:
@@ -120,14 +124,6 @@ def _exact(objective: Objective, inner: Tensors, outer: Tensors, q: Tensors) -> 
     value, size = objective.within(point, outer, body)
     status = Status.NOT_APPLICABLE if is_finite(value) else Status.DIVERGED
     return MixedProduct(value, status, 1, inner_gradient_norm=size)
-
-
-def _lost(ahead: Tensors, behind: Tensors, moves: Tensors, count: int) -> float:
-    """Returns the relative error that rounding to the parameters' dtype leaves in ``count`` displacements."""
-    errors = [
-        (a.to(move.dtype) - b.to(move.dtype)) - count * move for a, b, move in zip(ahead, behind, moves, strict=True)
-    ]
-    return float(norm(errors) / (count * norm(moves)))
 
 
 def _require_dependence(objective: Objective, inner: Tensors, outer: Tensors) -> None:

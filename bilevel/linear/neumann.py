@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel.linear.base import Operator, Preconditioner, Solution, first_residual, machine_epsilon
 from bilevel.linear.probe import Probe
 from bilevel.result import Status
-from bilevel.vector import Tensors, add, axpy, dot, norm, scale
+from bilevel.vector import Tensors, axpy, dot, norm, scale
 
 __all__ = ["neumann"]
 
@@ -52,11 +52,11 @@ def neumann(
     """
     q, residual, products = first_residual(operator, v, start)
     message = f"step size {step_size:.3g}"
-    target = rtol * float(norm(v))
+    target = rtol * float(norm(v)) if rtol > 0.0 else 0.0
     if products and float(norm(residual)) <= target:
         return Solution(q, Status.CONVERGED, products, message)
     summand = residual if preconditioner is None else preconditioner(residual)
-    total = summand
+    total = tuple(part.clone() for part in summand)
     # The norm in which the summands of a symmetric H shrink or grow monotonously is ‖p‖_P, and Pp is the residual.
     norms, sizes, curvatures = [_length(summand, residual, preconditioner)], [], []
     probe = Probe(epsilon or machine_epsilon(v))
@@ -72,7 +72,7 @@ def neumann(
         residual = residual if preconditioner is None else axpy(-step_size, product, residual)
         summand = axpy(-step_size, scaled, summand)
         norms.append(_length(summand, residual, preconditioner))
-        total = add(total, summand)
+        torch._foreach_add_(total, summand)
         if rtol > 0.0 and float(norm(summand if preconditioner is None else residual)) <= target:
             reached = True  # already without the summand that was just added
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -402,6 +403,12 @@ def _join(config: EngineConfig) -> None:
             "torchrun, or choose 'default', 'cpu' or 'gpu'"
         )
     dist.init_process_group(config.backend)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device(config: EngineConfig) -> str | torch.device:
@@ -413,5 +420,7 @@ def _device(config: EngineConfig) -> str | torch.device:
     if not torch.cuda.is_available():
         raise ConfigError(f"EngineConfig.strategy={config.strategy!r} needs a CUDA device, and torch finds none")
     if config.strategy == "distributed":
-        return torch.device("cuda", distributed.rank() % torch.cuda.device_count())
+        device = torch.device("cuda", distributed.rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # objects are broadcast by way of the present device
+        return device
     return "cuda"

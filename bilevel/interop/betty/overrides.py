@@ -10,7 +10,7 @@ from bilevel.errors import unknown_name
 __all__ = ["check_spelling", "defined"]
 
 _OURS = __name__.rpartition(".")[0] + "."
-_CLOSE = 0.88
+_CLOSE = 0.9
 
 
 def defined(cls: type) -> set[str]:
