@@ -20,7 +20,7 @@ from bilevel.interop.betty.configs import EngineConfig
 from bilevel.interop.betty.dependencies import Declared, declared
 from bilevel.interop.betty.driver import Driver, Run
 from bilevel.interop.betty.envs import Env
-from bilevel.interop.betty.level import Level
+from bilevel.interop.betty.level import Level, check_pace
 from bilevel.interop.betty.log import Log, line
 from bilevel.interop.betty.patience import Patience
 from bilevel.interop.betty.problems import Problem
@@ -312,6 +312,7 @@ class Engine:
         }
         self._clock = Clock(self.graph, paces)
         levels = [self._level(known[name]) for name in self.graph.names]
+        check_pace({level.name: level for level in levels}, self.graph, paces)
         levels[0].after_step = self._after_iteration
         ours = replace(settings or _settings(), steps=self.config.train_iters)
         around = None if type(self).train_step is Engine.train_step else self._around

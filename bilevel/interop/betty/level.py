@@ -12,7 +12,9 @@ from torch import Tensor
 from bilevel.data import BatchStream
 from bilevel.errors import ConfigError, ParameterError
 from bilevel.hypergrad import Estimator, Unrolled
+from bilevel.interop.betty.clock import Pace
 from bilevel.interop.betty.data import Together, converted, share
+from bilevel.interop.betty.dependencies import Declared
 from bilevel.interop.betty.log import flat, is_number
 from bilevel.interop.betty.methods import method_of
 from bilevel.interop.betty.overrides import check_spelling, defined
@@ -153,9 +155,9 @@ class Level(Problem):
         epochs = batch[0] if self._several else (stream.epoch,)
         ended = epochs[0] > self.carried["epochs"][0]
         self.carried["epochs"] = epochs
-        self.user.epoch_counter = list(epochs)
         if ended and self.user.is_implemented("epoch_callback"):
             self.user.epoch_callback()  # type: ignore[attr-defined]
+        self.user.epoch_counter = list(epochs)
 
     def update(self, gradients: Sequence[Tensor], values: Mapping[str, Any]) -> None:
         """Adds a batch's gradients, lets the user see them, and steps where they complete an update.
@@ -233,6 +235,33 @@ class Level(Problem):
             return loaders[0]
         self._several = True
         return Together(loaders, user.name)
+
+
+def check_pace(levels: Mapping[str, Level], graph: Declared, paces: Mapping[str, Pace]) -> None:
+    """Raises where a problem above would step in the middle of a loop whose updates are followed.
+
+    Args:
+        levels: All problems, by name.
+        graph: Who is above whom.
+        paces: How often those above step.
+
+    Raises:
+        ConfigError: A problem that is followed through several updates keeps another pace than one beside it.
+    """
+    for name, level in levels.items():
+        method = level.hypergradient
+        if method is None or not method.needs_trajectory or method.recorded_steps == 1:
+            continue
+        for parent in graph.parents[name]:
+            for other in graph.children[parent]:
+                same = not (graph.children[name] or graph.children[other]) and paces[name] == paces[other]
+                if other != name and not same:
+                    raise ConfigError(
+                        f"problem {name!r} is differentiated by several of its updates (method {method.name!r}), and "
+                        f"{other!r} beside it keeps another pace, so that {parent!r} would step in the middle of a loop: "
+                        "give both the same Config.unroll_steps, gradient_accumulation and warmup_steps and none below "
+                        "them, or use another type"
+                    )
 
 
 def _detached(value: Any) -> Any:
