@@ -107,7 +107,7 @@ class Case:
     learned: Callable[[str, Any, Any], None]
     short: dict[str, Any]  # for a comparison of trajectories
     counts: dict[str, int]  # of the short run
-    tolerance: float = 1e-9
+    tolerance: float = 1e-12
     arguments: dict[str, Any] = field(default_factory=dict)
     says: str = ""  # a warning where Betty is silent
 
@@ -116,7 +116,7 @@ class Case:
 
 
 QUICK_START = Case(
-    "quick_start", quick_start_learned, {"train_iters": 60}, {"reweight": 60, "classifier": 60}, tolerance=1e-7
+    "quick_start", quick_start_learned, {"train_iters": 60}, {"reweight": 60, "classifier": 60}, tolerance=1e-9
 )
 WEIGHT_DECAY = Case("weight_decay", weight_decay_learned, {"outer_steps": 10}, {"outer": 10, "inner": 500})
 REWEIGHT = Case(
@@ -124,9 +124,9 @@ REWEIGHT = Case(
     learning_to_reweight_learned,
     {"train_iters": 60},
     {"outer": 60, "inner": 60},
-    tolerance=1e-6,
+    tolerance=1e-8,
 )
-MAML = Case("implicit_maml", implicit_maml_learned, {"num_tasks": 20}, {"outer": 20, "inner": 100}, tolerance=1e-6)
+MAML = Case("implicit_maml", implicit_maml_learned, {"num_tasks": 20}, {"outer": 20, "inner": 100}, tolerance=1e-10)
 CASES = [
     QUICK_START,
     WEIGHT_DECAY,
