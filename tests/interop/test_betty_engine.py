@@ -576,26 +576,40 @@ class Spiking(Inner):
         self.__dict__.setdefault("called", []).append(self.count)
 
 
-@pytest.mark.parametrize(("at", "left_out"), [((1,), {1}), ((2,), {1}), ((4,), {2}), ((2, 3), {1, 2}), ((), set())])
-def test_an_overflow_leaves_the_whole_accumulated_update_out(at: tuple[int, ...], left_out: set[int]) -> None:
-    """Two batches an update; the scale backs off, the counts go on, and the update after it is a whole one."""
-    lower = {"precision": "fp16", "initial_dynamic_scale": 2.0**16, "gradient_accumulation": 2, "unroll_steps": 1}
-    engine = make(inner=Spiking, lower=lower, dtype=torch.float32, train_iters=8)
+@pytest.mark.parametrize(
+    ("accumulation", "at", "left_out"),
+    [
+        (1, (2,), {2}),
+        (2, (), set()),
+        (2, (1,), {1}),
+        (2, (2,), {1}),
+        (2, (4,), {2}),
+        (2, (2, 3), {1, 2}),
+        (3, (2,), {1}),
+        (3, (4, 6), {2}),
+    ],
+)
+def test_an_overflow_leaves_the_whole_accumulated_update_out(
+    accumulation: int, at: tuple[int, ...], left_out: set[int]
+) -> None:
+    """The scale backs off, the counts go on, and the update after it is a whole one."""
+    lower = {"precision": "fp16", "initial_dynamic_scale": 2.0**16, "gradient_accumulation": accumulation}
+    engine = make(inner=Spiking, lower=lower, dtype=torch.float32)
     low = engine.problems[1]
     low.at = at
     changed, overflows = set(), 0
-    for iteration in range(1, 9):
+    for iteration in range(1, 13):
         before = torch.cat([p.detach().reshape(-1).clone() for p in low.module.parameters()])
         overflows += engine.train_step().overflows.get("inner", 0)
         after = torch.cat([p.detach().reshape(-1) for p in low.module.parameters()])
         if not torch.equal(before, after):
-            assert iteration % 2 == 0
-            changed.add(iteration // 2)
+            assert iteration % accumulation == 0
+            changed.add(iteration // accumulation)
         assert torch.isfinite(after).all()
-    assert changed == {1, 2, 3, 4} - left_out
+    assert changed == set(range(1, 12 // accumulation + 1)) - left_out
     assert overflows == len(at)
     assert engine.driver.scales["inner"].value == 2.0**16 * 0.5 ** len(at)
-    assert (low.count, engine.problems[0].count) == (8, 4)
+    assert (low.count, engine.problems[0].count) == (12, 12 // accumulation)
 
 
 def test_an_overflow_is_saved_with_the_accumulation_that_it_spoils(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ import bilevel
 from bilevel.callbacks import BestModel, Checkpoints, CSVLog, JSONLinesLog, Progress, RunPlot
 from bilevel.checkpoint.encoding import encode
 from bilevel.engine_state import engine_state
-from bilevel.errors import BilevelError, CheckpointError, NonFiniteError
+from bilevel.errors import BilevelError, BilevelWarning, CheckpointError, NonFiniteError
 from bilevel.interop.betty import Config, Engine, EngineConfig, ImplicitProblem, IterativeProblem
 from tests.bilevel.strategies import forall
 
@@ -233,10 +233,30 @@ def counts(engine: Engine) -> dict[str, int]:
     return {problem.name: problem.count for problem in engine.problems}
 
 
+class Reference(NamedTuple):
+    """How an undisturbed run ends."""
+
+    iterations: int
+    seen: tuple[float, ...]
+    counts: dict[str, int]
+    fingerprint: str
+
+
+REFERENCES: dict[str, Reference] = {}
+
+
+def undisturbed(program: Program) -> Reference:
+    """Runs a program to its end, once for all tests."""
+    if repr(program) not in REFERENCES:
+        whole = program.build()
+        whole.run()
+        REFERENCES[repr(program)] = Reference(whole.global_step, whole.seen, counts(whole), fingerprint(whole))
+    return REFERENCES[repr(program)]
+
+
 def check_resuming(program: Program, stop: int, folder: Path) -> None:
     """Runs to the end, and again in two processes."""
-    whole = program.build()
-    whole.run()
+    whole = undisturbed(program)
     first = program.build()
     first.run(stop)
     first.save(folder / "state")
@@ -247,14 +267,17 @@ def check_resuming(program: Program, stop: int, folder: Path) -> None:
     assert fingerprint(second) == fingerprint(first)
     assert counts(second) == counts(first)
     second.run()
-    assert second.global_step == whole.global_step
-    assert (first.seen + second.seen, counts(second)) == (whole.seen, counts(whole))
-    assert fingerprint(second) == fingerprint(whole)
+    assert Reference(second.global_step, first.seen + second.seen, counts(second), fingerprint(second)) == whole
 
 
 # --- saving and loading -----------------------------------------------------------------------------------------------
 
 ITERATIONS = 13
+
+
+def slow(*values: Any) -> list[Any]:
+    """Cases of the slow variant."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def levels(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -273,13 +296,13 @@ PROGRAMS = st.builds(
 )
 
 
-@forall(14, program=PROGRAMS, stop=st.integers(1, ITERATIONS - 1))
+@forall(6, program=PROGRAMS, stop=st.integers(1, ITERATIONS - 1))
 def test_a_program_resumed_at_any_iteration_is_the_uninterrupted_one_bit_for_bit(program: Program, stop: int) -> None:
     with TemporaryDirectory() as folder:
         check_resuming(program, stop, Path(folder))
 
 
-@pytest.mark.parametrize("stop", range(1, ITERATIONS))
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 8, 9, *slow(4, 6, 7, 10, 11, 12)])
 def test_a_program_with_everything_is_resumed_at_each_iteration(stop: int, tmp_path: Path) -> None:
     """Accumulation on both levels, warm-up, an early stopping that counts, all callbacks."""
     program = Program(
@@ -490,11 +513,10 @@ def test_checkpoints_come_where_loops_end() -> None:
     program = Program(method="iterative", inner={"unroll_steps": 3})
     with TemporaryDirectory() as folder:
         engine = program.build([Checkpoints(folder, every=4, keep=None)])
-        with pytest.warns(
-            bilevel.errors.BilevelWarning, match=r"of step 4 was not written.*\n*.*save where the loop ends"
-        ):
-            engine.run(12)
-        assert [path.name for path in Path(folder).glob("*.safetensors")] == ["step-00000012.safetensors"]
+        said = r"step checkpoint of step [48] was not written.*save where the loop ends"
+        with pytest.warns(BilevelWarning, match=said):
+            engine.run(9)
+        assert [path.name for path in Path(folder).glob("*.safetensors")] == ["step-00000009.safetensors"]
 
 
 def test_resuming_from_an_empty_folder_changes_nothing(tmp_path: Path) -> None:
@@ -551,8 +573,7 @@ FAILING = {
 def test_an_iteration_that_fails_is_undone_and_can_be_made_again(moment: tuple[str, str, int], kind: str) -> None:
     program, fuse = FAILING[kind], Fuse()
     program = replace(program, engine={**program.engine, "valid_step": 100})  # train_step() validates nothing
-    whole = program.build()
-    whole.run()
+    whole = undisturbed(program)
     engine = program.build(fuse=fuse)
     fuse.where, fuse.fails = moment, boom
     failed, before, after = None, None, None
@@ -568,8 +589,7 @@ def test_an_iteration_that_fails_is_undone_and_can_be_made_again(moment: tuple[s
     assert (failed is not None) == happens
     assert after is None or after == before
     assert isinstance(failed, NonFiniteError) == (happens and moment[1] == "nan")
-    assert fingerprint(engine) == fingerprint(whole)
-    assert counts(engine) == counts(whole)
+    assert (fingerprint(engine), counts(engine)) == (whole.fingerprint, whole.counts)
 
 
 # Updates that are followed draw and evaluate the batches of an accumulation at once, at its last step.
