@@ -225,6 +225,30 @@ def test_betty_draws_other_masks_for_each_side() -> None:
     assert far(found[0], found[2])
 
 
+class Normed(Vector):
+    """With batch normalisation in front."""
+
+    def __init__(self) -> None:
+        super().__init__(START)
+        self.norm = nn.BatchNorm1d(3, affine=False)
+
+
+def test_batch_norm_statistics() -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+    def run(root: str) -> nn.BatchNorm1d:
+        low = Normed()
+        loss = lambda low, top, x: lower(low, top, low.norm(x).square().mean(0))  # noqa: E731
+        watch(root, loss, upper, low, Vector(OUTER), batches=[(x,)], iterations=4)
+        return low.norm
+
+    ours, bettys = run(OURS), run(BETTY)
+    assert int(ours.num_batches_tracked) == 4  # one a step
+    assert close(ours.running_mean, (1 - 0.9**4) * x.mean(0))
+    assert int(bettys.num_batches_tracked) == 12  # and one for each side of a difference
+    assert close(bettys.running_mean, (1 - 0.9**12) * x.mean(0))
+
+
 # SAMA
 
 
@@ -488,7 +512,7 @@ def test_early_stopping() -> None:
 
 
 def test_reinforce() -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="positional arguments"):
         quadratic(BETTY, config={"type": "reinforce"})
     with pytest.raises(ConfigError, match="reinforce"):
         quadratic(OURS, config={"type": "reinforce"})
@@ -627,14 +651,14 @@ def test_frozen_parameters() -> None:
         return watch(root, lower, upper, low, Vector(OUTER), optimizer=sgd, config=config)
 
     for config in ({"type": "darts"}, {"type": "neumann", "neumann_alpha": 0.3}, {"type": "cg"}):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="does not require grad"):
             run(BETTY, config)
         assert close(run(OURS, config).hypergradients[0], quadratic(OURS, config=config).hypergradients[0])
 
 
 def test_no_config() -> None:
     names = namespace(BETTY)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="precision"):
         names.ImplicitProblem("low", None)
     assert namespace(OURS).ImplicitProblem("low", None).config == namespace(OURS).Config()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
@@ -214,12 +214,12 @@ def rounded(line: str) -> str:
 
 
 @st.composite
-def levels(draw: st.DrawFn, *, name: str, below: bool, methods: bool, plain: bool) -> Level:
+def levels(draw: st.DrawFn, *, below: bool, methods: Sequence[Mapping[str, Any]], plain: bool) -> Level:
     """One problem's settings; ``plain`` where it is rolled back, which Betty does without accumulation and warm-up."""
     config: dict[str, Any] = {}
     restricted = groups = False
     if methods:
-        config |= draw(st.sampled_from(list(METHODS.values())))
+        config |= draw(st.sampled_from(methods))
         config["unroll_steps"] = draw(st.integers(1, 3))
         config["warmup_steps"] = 0 if plain else draw(st.sampled_from([0, 0, 1, 4]))
     config["gradient_accumulation"] = 1 if plain else draw(st.sampled_from([1, 1, 2, 3]))
@@ -244,23 +244,19 @@ def levels(draw: st.DrawFn, *, name: str, below: bool, methods: bool, plain: boo
 
 
 @st.composite
-def programs(draw: st.DrawFn) -> Program:
+def programs(draw: st.DrawFn, methods: Sequence[Mapping[str, Any]] = tuple(METHODS.values())) -> Program:
     structure = draw(st.sampled_from(list(STRUCTURES)))
     roll_back = structure == "two levels" and draw(st.booleans())
     shape = STRUCTURES[structure]
+
+    def level(name: str) -> Level:
+        inner = name in shape.methods
+        own = methods if inner else ()
+        return draw(levels(below=name in shape.below, methods=own, plain=inner and roll_back))
+
     return Program(
         structure,
-        {
-            name: draw(
-                levels(
-                    name=name,
-                    below=name in shape.below,
-                    methods=name in shape.methods,
-                    plain=roll_back and name in shape.methods,
-                )
-            )
-            for name in shape.names
-        },
+        {name: level(name) for name in shape.names},
         iterations=draw(st.integers(5, 30)),
         valid_step=draw(st.integers(2, 9)),
         roll_back=roll_back,
@@ -269,9 +265,29 @@ def programs(draw: st.DrawFn) -> Program:
     )
 
 
-@forall(40, program=programs())
+@forall(30, program=programs())
 def test_programs_agree(program: Program) -> None:
     agree(program)
+
+
+WRONG_HERE: Sequence[Mapping[str, Any]] = (
+    {"type": "cg", "cg_iterations": 3},
+    {"type": "cg", "cg_iterations": 2, "cg_alpha": 0.5},
+)
+
+
+def by_bettys_functions(program: Program) -> Program:
+    """The same with Betty's own hypergradient functions."""
+    for name in STRUCTURES[program.structure].methods:
+        config = program.level(name).config
+        program = program.having(name, config={**config, "type": f"betty:{config['type']}"})
+    return program
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")
+@forall(10, program=programs(methods=(*METHODS.values(), *WRONG_HERE)))
+def test_programs_with_bettys_own_functions_agree(program: Program) -> None:
+    assert_same(happened(OURS, by_bettys_functions(program)), happened(BETTY, program), DIFFERENCES)
 
 
 @pytest.mark.long
