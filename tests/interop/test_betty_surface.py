@@ -27,6 +27,12 @@ from bilevel.interop.betty import (
     Problem,
 )
 
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 # A program: outer moves towards the point whose copy inner is
 
 
@@ -452,7 +458,7 @@ def test_gradients_are_emptied_and_clipped_by_hand() -> None:
     assert inner.module.weight.grad.item() == pytest.approx(0.5, rel=1e-5)
     before = inner.module.weight.item()
     inner.optimizer_step()
-    assert inner.module.weight.item() == pytest.approx(before - 0.25, rel=1e-5)
+    assert inner.module.weight.item() == pytest.approx(before - 0.25, abs=1e-5)
     inner.zero_grad()
     assert inner.module.weight.grad is None
 
@@ -545,6 +551,17 @@ def test_logging(capsys: pytest.CaptureFixture[str]) -> None:
         assert shown.endswith(text)
     with pytest.raises(ConfigError, match="'inner' has no logger: it is in no engine yet"):
         level(Inner, "inner").log({"loss": 1.0}, 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "step"), [(False, 9, 9), (True, 9, 4), (False, None, 4)], ids=["global", "local", "none given"]
+)
+def test_numbers_are_logged_by_the_engines_steps_or_the_problems_own(own: bool, given: Any, step: int) -> None:
+    seen: list[Any] = []
+    engine = ran(level(Inner, "inner", Config(log_local_step=own)))
+    engine.logger.log = lambda stats, tag=None, step=None: seen.append((stats, tag, step))
+    engine.inner.log({"loss": 1.0}, given)
+    assert seen == [({"loss": 1.0}, "inner", step)]
 
 
 def test_a_problem_logs_its_own_way(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1055,6 +1072,37 @@ def test_early_stopping_counts_validations() -> None:
 def test_a_hook_that_is_no_method(hook: str) -> None:
     with pytest.raises(ConfigError, match=f"{hook} of problem 'inner' must be a method, not 3"):
         made(inner_with(**{hook: 3}))
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "hook"),
+    [
+        ("param_calback", "param_callback"),
+        ("grad_callbacks", "grad_callback"),
+        ("on_inner_loop_started", "on_inner_loop_start"),
+        ("configure_optimizers", "configure_optimizer"),
+        ("param_group", "param_groups"),
+        ("training_steps", "training_step"),
+    ],
+)
+def test_a_misspelt_hook(misspelt: str, hook: str) -> None:
+    """Betty never calls it, and says nothing."""
+    kind = type("Mine", (ImplicitProblem,), {misspelt: lambda self, *_: None})
+    with pytest.raises(ConfigError, match=rf"method of Mine .*would never be called.* '{misspelt}'.*'{hook}'"):
+        made(level(kind, "inner"))
+
+
+def test_a_misspelt_validation() -> None:
+    with pytest.raises(ConfigError, match="method of Mine .*'validaton': did you mean 'validation'"):
+        made(kind=type("Mine", (Engine,), {"validaton": lambda self: None}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["configure_test_data_loader", "on_outer_loop_start", "loss", "accuracy", "get_loader", "get_param_groups"],
+)
+def test_helpers_of_the_users_own(name: str) -> None:
+    assert ran(inner_with(**{name: lambda self: None})).global_step == 4
 
 
 @pytest.mark.parametrize(
