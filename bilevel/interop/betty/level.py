@@ -258,9 +258,9 @@ def check_pace(levels: Mapping[str, Level], graph: Declared, paces: Mapping[str,
                 if other != name and not same:
                     raise ConfigError(
                         f"problem {name!r} is differentiated by several of its updates (method {method.name!r}), and "
-                        f"{other!r} beside it keeps another pace, so that {parent!r} would step in the middle of a loop: "
-                        "give both the same Config.unroll_steps, gradient_accumulation and warmup_steps and none below "
-                        "them, or use another type"
+                        f"{other!r} beside it keeps another pace, so that {parent!r} would step in the middle of a "
+                        "loop: both need the same Config.unroll_steps, gradient_accumulation and warmup_steps and none "
+                        "below them, or use another type"
                     )
 
 
