@@ -228,7 +228,7 @@ def test_names_are_where_betty_has_them(theirs: Any) -> None:
 # What is refused by name
 
 
-@pytest.mark.parametrize("name", [*MACHINERY_OF_ITERATIVE, *REFUSED])
+@pytest.mark.parametrize("name", [*MACHINERY_OF_ITERATIVE, *sorted(REFUSED)])
 def test_overriding_bettys_machinery_in_a_problem_is_refused(name: str) -> None:
     """It would be skipped in silence."""
     with pytest.raises(ConfigError, match=rf"(problem 'inner' overrides {name}|{name}\(\) of problem 'inner' is not)"):
