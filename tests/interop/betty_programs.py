@@ -298,7 +298,7 @@ def build(root: str, program: Program) -> tuple[Any, list[Entry]]:
             self.tell("param_callback", self.count, *self.epoch_counter, numbers=(*values(self), *rates))
 
         def epoch_callback(self) -> None:
-            self.tell("epoch_callback", self.count)
+            self.tell("epoch_callback", self.count, *self.epoch_counter)
 
         def log(self, stats: Any, global_step: Any) -> None:
             numbers = tuple(torch.as_tensor(value, dtype=torch.float64) for value in stats.values())
