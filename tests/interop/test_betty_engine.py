@@ -641,7 +641,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_problems_and_batches_go_to_the_gpu(strategy: str) -> None:
     engine = make(strategy=strategy, train_iters=4)
     engine.run()
-    assert engine.device.type == "cuda"
+    assert torch.device(engine.device).type == "cuda"
     assert all(p.is_cuda for problem in engine.problems for p in problem.module.parameters())
     assert all(part.is_cuda for problem in engine.problems for part in problem.cur_batch)
     on_cpu = make(train_iters=4)
