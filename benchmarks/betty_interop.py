@@ -247,33 +247,35 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
+    heads = "parameters", "method", "unroll", "passes Betty, ours", "ms Betty, ours", "ratio", "without copy"
+    if not arguments.json:
+        print(f"| {' | '.join((*heads, 'MiB Betty, ours'))} |\n|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
     for width, method, unroll in itertools.product(arguments.widths, arguments.methods, arguments.unroll):
         case = Case(width, arguments.batch, method, unroll)
         with silent():
             row = measure(case, arguments.repeats, arguments.milliseconds, clock)
         rows.append({**row, "mib": None if arguments.no_memory else memory(case)})
+        if not arguments.json:
+            print(line(rows[-1]), flush=True)
     if arguments.json:
         print(json.dumps(rows, indent=2))
-        return
-    heads = "parameters", "method", "unroll", "passes Betty, ours", "ms Betty, ours", "ratio", "without copy"
-    print(f"| {' | '.join((*heads, 'MiB Betty, ours'))} |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        passes = (" + ".join(f"{part:g}" for part in row["passes"][name]) for name in ("betty", "ours"))
-        low, high = row["quartiles"] or (row["ratio"],) * 2
-        mib = "" if row["mib"] is None else f"{row['mib']['betty']:.0f}, {row['mib']['ours']:.0f}"
-        cells = (
-            f"{row['parameters']:,}",
-            row["method"],
-            str(row["unroll"]),
-            ", ".join(passes),
-            f"{row['ms']['betty']:.2f}, {row['ms']['ours']:.2f}",
-            f"{row['ratio']:.2f} ({low:.2f}–{high:.2f})",
-            f"{row['ratio_without_copy']:.2f}",
-            mib,
-        )
-        print(f"| {' | '.join(cells)} |")
+
+
+def line(row: dict[str, Any]) -> str:
+    passes = (" + ".join(f"{part:g}" for part in row["passes"][name]) for name in ("betty", "ours"))
+    low, high = row["quartiles"] or (row["ratio"],) * 2
+    cells = (
+        f"{row['parameters']:,}",
+        row["method"],
+        str(row["unroll"]),
+        ", ".join(passes),
+        f"{row['ms']['betty']:.2f}, {row['ms']['ours']:.2f}",
+        f"{row['ratio']:.2f} ({low:.2f}–{high:.2f})",
+        f"{row['ratio_without_copy']:.2f}",
+        "" if row["mib"] is None else f"{row['mib']['betty']:.0f}, {row['mib']['ours']:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
