@@ -356,6 +356,26 @@ def test_tensorboard_gets_numbers_by_step(tmp_path: Path, monkeypatch: pytest.Mo
     assert read["validation/loss"] == [(6, 1.0), (12, 2.0)]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_no_number_is_in_lines_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No iteration is refused for it."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+
+    class Words(Inner):
+        def training_step(self, batch: Batch) -> Any:
+            return {"loss": super().training_step(batch), "word": "a", "vector": torch.ones(2), "none": None}
+
+    engine = make(inner=Words, lower={"log_step": 6}, logger_type="tensorboard")
+    engine.run()
+    assert engine.global_step == 12
+    lines = lines_of(capsys.readouterr().out, '[Problem "inner"] ')
+    assert len(lines) == 2
+    assert all("word: a || vector: tensor([1., 1.]) || none: None" in found for found in lines)
+
+
 def test_a_logger_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     with pytest.raises(ConfigError, match=r"EngineConfig\.logger_type needs the package wandb.*bilevel\[logging\]"):

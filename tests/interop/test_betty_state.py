@@ -356,6 +356,12 @@ def test_early_stopping_counts_on_after_loading(tmp_path: Path) -> None:
     second.run()
     assert second.global_step == 8
     assert fingerprint(second) == fingerprint(whole)
+    # The run is over, and stays so after loading.
+    second.save(tmp_path / "end")
+    third = built()
+    third.load(tmp_path / "end")
+    third.run()
+    assert third.global_step == 8
 
 
 def test_a_resumed_run_makes_what_is_left_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -620,3 +626,9 @@ def test_skipping_iterations_is_refused() -> None:
     """Counts and accumulations would come apart."""
     with pytest.raises(BilevelError, match="on_non_finite"):
         Program(settings={"on_non_finite": "skip"}).build()
+
+
+def test_other_batches_for_hypergradients_are_refused() -> None:
+    """A loop that is rolled back would be made again on them."""
+    with pytest.raises(BilevelError, match="hypergradient_batch"):
+        Program(settings={"hypergradient_batch": "fresh"}).build()
