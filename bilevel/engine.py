@@ -129,6 +129,11 @@ class Engine:
         return self._planner.plan(Feed(self.streams))[0].dependencies
 
     @property
+    def evaluates(self) -> tuple[str, ...]:
+        """Whose metrics the evaluations within a run bring: the problems', if there are evaluations."""
+        return tuple(self.problems) if self.config.evaluate_every else ()
+
+    @property
     def estimators(self) -> dict[str, Estimator]:
         """The method by which each inner problem is differentiated."""
         return dict(self._planner.plan(Feed(self.streams))[0].estimators)
@@ -170,7 +175,7 @@ class Engine:
             for name, problem in self.problems.items():
                 notices.problem(name, "on_step_end", partial(problem.on_step_end, result))
             self._tell(notices, "on_step_end", result)
-            if self.config.evaluate_every and self.step_count % self.config.evaluate_every == 0:
+            if self._evaluation_is_due():
                 self._evaluate_in_step(notices)
             self._tell(notices, "on_step_complete", result)
         return result
@@ -420,6 +425,9 @@ class Engine:
             return nullcontext()
         device = self.problems[name].parameters[0].device.type
         return torch.autocast(device, dtype=getattr(torch, precision))
+
+    def _evaluation_is_due(self) -> bool:
+        return bool(self.config.evaluate_every) and self.step_count % self.config.evaluate_every == 0
 
     def _evaluate_in_step(self, notices: Notices) -> None:
         """Evaluates, and moves the schedulers on that wait for it."""

@@ -56,10 +56,19 @@ class Notices:
 
     def problem(self, name: str, hook: str, function: Callable[[], object]) -> None:
         """Calls a problem's hook."""
+        self.hook(f"problem {name!r} failed in {hook}", function)
+
+    def hook(self, what: str, function: Callable[[], object]) -> None:
+        """Calls something else of the user's.
+
+        Args:
+            what: What to say where it fails.
+            function: What to call.
+        """
         try:
             function()
         except Exception as error:
-            text = f"problem {name!r} failed in {hook}, {self._when}"
+            text = f"{what}, {self._when}"
             _add_note(error, text)
             self._failed.append((f"{text}: {error!r}", error))
 

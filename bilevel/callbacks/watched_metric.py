@@ -109,13 +109,11 @@ class WatchedMetric:
         self._source = source
 
     def _will_be_evaluated(self, engine: Engine) -> bool:
-        return (
-            bool(engine.config.evaluate_every) and self.name.partition("/")[0] in engine.problems and "/" in self.name
-        )
+        return self.name.partition("/")[0] in engine.evaluates and "/" in self.name
 
     def _unknown(self, engine: Engine) -> ConfigError:
         error = unknown_name(f"metric of {self._owner}", self.name, {*engine.problems, *self._others})
-        if engine.config.evaluate_every:
+        if engine.evaluates:
             return error
         hint = "For a metric of evaluate(), set EngineConfig(evaluate_every=...)."
         return type(error)(f"{error}. {hint}")

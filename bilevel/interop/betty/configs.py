@@ -45,6 +45,10 @@ class _Checked:
         copied.__dict__[_FIXED] = True
         return copied
 
+    def __copy__(self) -> Any:
+        """Returns a copy that can be changed."""
+        return dataclasses.replace(self)  # type: ignore[type-var]
+
     def __new__(cls, *args: Any, **fields: Any) -> Any:
         """Refuses fields that do not exist."""
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]

@@ -41,11 +41,15 @@ class Run:
 
     Attributes:
         patience: The early stopping.
+        every: Iterations between validations.
+        validate: The engine's validation; None where the user has none.
         start: Iterations that were made before it.
         active: Whether iterations are made by ``run()``, which validates, and not by hand.
     """
 
     patience: Patience
+    every: int = 0
+    validate: Callable[[], Mapping[str, Any]] | None = None
     start: int = 0
     active: bool = False
 
@@ -81,6 +85,7 @@ class Driver(Engine):
         around: Callable[[], object] | None = None,
     ) -> None:
         self._around = around
+        self._run = run
         self._made: StepResult
         self.present = 0
         self.levels = {level.name: level for level in levels}
@@ -127,11 +132,10 @@ class Driver(Engine):
         """Where random numbers are drawn."""
         return tuple(self._gradients.devices)
 
-    def evaluated(self, stats: Mapping[str, Any]) -> None:
-        """Tells callbacks what validation has found, as ``"validation/name"``."""
-        metrics = {f"validation/{key}": float(value) for key, value in flat(stats).items() if is_number(value)}
-        with Notices(f"after step {self.step_count}") as notices:
-            self._tell(notices, "on_evaluate", metrics)
+    @property
+    def evaluates(self) -> tuple[str, ...]:
+        """Whose metrics an evaluation brings: those of ``Engine.validation``."""
+        return () if self._run.validate is None else ("validation",)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """See :meth:`bilevel.Engine.save`.
@@ -202,6 +206,17 @@ class Driver(Engine):
             first_seen=self._first_seen,
             told=self._told,
         )
+
+    def _evaluation_is_due(self) -> bool:
+        run = self._run
+        return run.active and run.validate is not None and (self.step_count - run.start) % run.every == 0
+
+    def _evaluate_in_step(self, notices: Notices) -> None:
+        validate, stats = self._run.validate, dict[str, Any]()
+        assert validate is not None
+        notices.hook("validation() failed", lambda: stats.update(validate()))
+        metrics = {f"validation/{key}": float(value) for key, value in flat(stats).items() if is_number(value)}
+        self._tell(notices, "on_evaluate", metrics)
 
     def _first_seen(self, name: str, batch: Any) -> None:
         planner = self._planner

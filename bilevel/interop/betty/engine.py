@@ -21,7 +21,7 @@ from bilevel.interop.betty.dependencies import Declared, declared
 from bilevel.interop.betty.driver import Driver, Run
 from bilevel.interop.betty.envs import Env
 from bilevel.interop.betty.level import Level, check_pace
-from bilevel.interop.betty.log import Log, line
+from bilevel.interop.betty.log import Log, flat, line
 from bilevel.interop.betty.patience import Patience
 from bilevel.interop.betty.problems import Problem
 from bilevel.randomness import preserved
@@ -102,7 +102,8 @@ class Engine:
             self.config.early_stopping_metric, self.config.early_stopping_mode, self.config.early_stopping_tolerance
         )
         self._continues = False
-        self._run = Run(self.early_stopping)
+        validates = self.is_implemented("validation")
+        self._run = Run(self.early_stopping, self.config.valid_step, self._validate if validates else None)
         self._waiting: list[str] = []
         self._check_names()
         try:
@@ -313,7 +314,6 @@ class Engine:
         self._clock = Clock(self.graph, paces)
         levels = [self._level(known[name]) for name in self.graph.names]
         check_pace({level.name: level for level in levels}, self.graph, paces)
-        levels[0].after_step = self._after_iteration
         ours = replace(settings or _settings(), steps=self.config.train_iters)
         around = None if type(self).train_step is Engine.train_step else self._around
         driver = Driver(levels, self.graph, self._clock, ours, callbacks, self._told, self._run, around)
@@ -338,10 +338,8 @@ class Engine:
         if step > 0 and turn.count % step == 0:
             problem.log({"loss": values["loss"], **self.driver.levels[turn.name].said}, self.global_step)
 
-    def _after_iteration(self) -> None:
-        made = self.global_step - self._run.start
-        if not (self._run.active and self.is_implemented("validation")) or made % self.config.valid_step:
-            return
+    def _validate(self) -> Mapping[str, Any]:
+        """Returns what the user's ``validation`` says, the same on all processes, and stops where it says so."""
         stats: Mapping[str, Any] = {}
         if self.do_validation():
             self.eval()
@@ -351,18 +349,14 @@ class Engine:
                 self.train()
             self.logger.info(f"[Validation] [Global Step {self.global_step}] {line(stats)}")
             self.logger.log(stats, tag="validation", step=self.global_step)
-            self.driver.evaluated(stats)
-        if self.config.early_stopping and self._agreed(self.is_rank_zero() and self.early_stopping(stats)):
+        if distributed.size() > 1:
+            said = [flat(stats)]
+            dist.broadcast_object_list(said, 0)
+            stats = said[0]
+        if self.config.early_stopping and self.early_stopping(stats):
             self.logger.info("Early stopping is executed!")
             self.driver.stop("early stopping")
-
-    def _agreed(self, stop: bool) -> bool:
-        """Returns what the first process says."""
-        if distributed.size() == 1:
-            return stop
-        said = [stop]
-        dist.broadcast_object_list(said, 0)
-        return said[0]
+        return stats
 
     def _report(self) -> None:
         for problem in self.problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from bilevel.interop.betty.overrides import check_spelling, defined
 from bilevel.interop.betty.problems import HOOKS, IterativeProblem
 from bilevel.interop.betty.problems import Problem as BettyProblem
 from bilevel.problems import Problem
-from bilevel.result import StepResult
 from bilevel.vector import Tensors, add
 
 __all__ = ["Level", "Pending"]
@@ -115,7 +114,6 @@ class Level(Problem):
         user._owned = self.parameter_names
         self.carried: dict[str, Any] = {"epochs": (0,)}
         self.rolls_back = False
-        self.after_step: Callable[[], None] | None = None
         self.said: Mapping[str, Any] = {}
         self._changes = config.gradient_clipping > 0.0 or any(
             user.is_implemented(hook) for hook in ("grad_callback", "custom_optimizer_step")
@@ -142,11 +140,6 @@ class Level(Problem):
         """Begins an inner loop."""
         if self.user.is_implemented("on_inner_loop_start"):
             self.user.on_inner_loop_start()  # type: ignore[attr-defined]
-
-    def on_step_end(self, result: StepResult) -> None:
-        """Tells the engine that an iteration is complete, where it asked for it."""
-        if self.after_step is not None:
-            self.after_step()
 
     def begin_epoch(self, stream: BatchStream, batch: Any) -> None:
         """Calls the user's ``epoch_callback``, where the batch drawn last is the first of another epoch."""
