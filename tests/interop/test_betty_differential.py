@@ -291,7 +291,8 @@ def test_programs_with_bettys_own_functions_agree(program: Program) -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=3000, database=None)
+@pytest.mark.timeout(3600)
+@settings(max_examples=2000, database=None)
 @given(program=programs())
 def test_many_programs_agree(program: Program) -> None:
     agree(program)
