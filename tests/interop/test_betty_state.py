@@ -22,7 +22,7 @@ import bilevel
 from bilevel.callbacks import BestModel, Checkpoints, CSVLog, JSONLinesLog, Progress, RunPlot
 from bilevel.checkpoint.encoding import encode
 from bilevel.engine_state import engine_state
-from bilevel.errors import BilevelError, BilevelWarning, CheckpointError, NonFiniteError
+from bilevel.errors import BilevelError, BilevelWarning, CheckpointError, NonFiniteError, UnknownNameError
 from bilevel.interop.betty import Config, Engine, EngineConfig, ImplicitProblem, IterativeProblem
 from tests.bilevel.strategies import forall
 
@@ -512,6 +512,17 @@ def test_best_values_may_be_validations(tmp_path: Path) -> None:
     again = Program().build([BestModel("validation/loss"), Checkpoints(tmp_path, best="validation/loss")])
     again.load(kept.best_path)
     assert again.global_step == kept.best_step
+
+
+@pytest.mark.parametrize("metric", ["outer", "outer/twice"])
+def test_the_best_value_of_a_problem_that_steps_now_and_then(metric: str) -> None:
+    """Its first comes after several iterations, and that is no reason to think that it never does."""
+    best = BestModel(metric, restore=False)
+    engine = Program(inner={"unroll_steps": 3}).build([best])
+    engine.run()
+    assert best.best_step in (3, 6, 9, 12)
+    with pytest.raises(UnknownNameError, match="outer/typo"):
+        Program(inner={"unroll_steps": 3}).build([BestModel("outer/typo")]).run()
 
 
 def test_checkpoints_come_where_loops_end() -> None:
