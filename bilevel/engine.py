@@ -357,18 +357,22 @@ class Engine:
         return Planner(self.problems, self._gradients, self.config, policy, lambda: self.hypergradient_method)
 
     def _new_step(self, differentiator: Differentiator, feed: Feed) -> Step:
+        return Step(**self._step_parts(differentiator, feed))
+
+    def _step_parts(self, differentiator: Differentiator, feed: Feed) -> dict[str, Any]:
+        """Returns what every step is made of."""
         watched = any(type(c).on_hypergradient is not Callback.on_hypergradient for c in self.callbacks)
-        return Step(
-            self.step_count,
-            differentiator,
-            self.config,
-            feed,
-            self._records,
-            self.estimator_states,
-            self._place,
-            self._show if watched else None,
-            self.scales,
-        )
+        return {
+            "number": self.step_count,
+            "differentiator": differentiator,
+            "config": self.config,
+            "feed": feed,
+            "records": self._records,
+            "states": self.estimator_states,
+            "place": self._place,
+            "show": self._show if watched else None,
+            "scales": self.scales,
+        }
 
     def _step_tables(self) -> tuple[dict[str, Any], ...]:
         """Returns what a step changes beside parameters, buffers and optimisers."""

@@ -59,7 +59,7 @@ class WatchedMetric:
         self._others.update(values)
         if self.name in values:
             self._seen("loss")
-        elif not self._source and result.skipped is None and not self._will_be_evaluated(engine):
+        elif not self._source and result.skipped is None and not self._may_come(engine, result):
             raise self._unknown(engine)
         if self._source == "evaluate":
             return None
@@ -108,8 +108,10 @@ class WatchedMetric:
             )
         self._source = source
 
-    def _will_be_evaluated(self, engine: Engine) -> bool:
-        return self.name.partition("/")[0] in engine.evaluates and "/" in self.name
+    def _may_come(self, engine: Engine, result: StepResult) -> bool:
+        """Whether an evaluation will bring it, or a step in which its problem is updated."""
+        owner, slash, _ = self.name.partition("/")
+        return bool(slash and owner in engine.evaluates) or (owner in engine.problems and owner not in result.losses)
 
     def _unknown(self, engine: Engine) -> ConfigError:
         error = unknown_name(f"metric of {self._owner}", self.name, {*engine.problems, *self._others})

@@ -32,6 +32,7 @@ _MEANT = {
     "steps": "EngineConfig.train_iters",
     "precision": "Config.precision of each problem",
     "evaluate_every": "EngineConfig.valid_step",
+    "hypergradient_batch": "Betty's algorithm (the last update's batch)",
 }
 
 

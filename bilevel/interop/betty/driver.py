@@ -188,17 +188,8 @@ class Driver(Engine):
         return _Planner(self._graph, self.levels, self._gradients, self.config, policy, default)
 
     def _new_step(self, differentiator: Differentiator, feed: Feed) -> Step:
-        plain = super()._new_step(differentiator, feed)
         return Iteration(
-            plain.number,
-            differentiator,
-            plain.config,
-            feed,
-            plain.records,
-            plain.states,
-            plain.place,
-            plain.show,
-            plain.scales,
+            **self._step_parts(differentiator, feed),
             trajectories=self._trajectories,
             clock=self.clock,
             levels=self.levels,

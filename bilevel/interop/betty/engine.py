@@ -46,9 +46,9 @@ class Engine:
         dependencies: ``{"u2l": {upper: [lower, …]}, "l2u": {lower: [upper, …]}}``.
         env: What the problems share.
         settings: Our engine's further settings: seed of the data, what happens where a solve fails, and so on. Its
-            ``steps``, ``precision``, ``evaluate_every`` and ``hypergradient_batch`` are Betty's business and stay as
-            they are by default. Without it no progress bar is shown, and the data's order follows the seed that was
-            given to ``torch.manual_seed``.
+            ``steps``, ``precision``, ``evaluate_every`` and ``hypergradient_batch`` are Betty's business and refused.
+            Without it no progress bar is shown, and the data's order follows the seed that was given to
+            ``torch.manual_seed``.
         callbacks: Our callbacks (checkpoints, logs, plots); a step is an iteration.
 
     Raises:
@@ -129,6 +129,8 @@ class Engine:
             check_integer("run()", "iterations", iterations, minimum=1)
         else:
             iterations = self.config.train_iters - (self.global_step - self._run.start if self._continues else 0)
+            if self._continues and self.config.early_stopping and self.early_stopping.over:
+                iterations = 0
         if not self._continues:
             self._run.start = self.global_step
         self._continues = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,11 @@ class Iteration(Step):
         super()._check_and_update(problem, result)
         if self.report.overflows.get(problem.name, 0) > overflows:
             self.levels[problem.name].leave_out(self._values)
+
+    def _draw_for_products(self, names: Sequence[str]) -> None:
+        kept = dict(self.starts)
+        super()._draw_for_products(names)
+        self.starts.update(kept)  # these batches are not those of an update
 
     def _next(self, name: str) -> Any:
         level = self.levels[name]

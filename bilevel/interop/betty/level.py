@@ -175,7 +175,8 @@ class Level(Problem):
                 self.user.optimizer_step()
                 if self.user.is_implemented("param_callback"):
                     self.user.param_callback()  # type: ignore[attr-defined]
-                self.user.zero_grad()
+                if type(self.user).zero_grad is not BettyProblem.zero_grad:  # gradients are put back anyway
+                    self.user.zero_grad()
                 self.num_updates += 1
         self._end(None if spoilt else share_of_all, count, parts, values)
 

@@ -66,7 +66,8 @@ class Log:
 
             self._writer = SummaryWriter(log_dir=str(_new_folder()))
         for key, value in numbers.items():
-            self._writer.add_scalar(key, value, global_step=step)
+            if is_number(value):
+                self._writer.add_scalar(key, value, global_step=step)
 
     def close(self) -> None:
         """Flushes what is waiting."""

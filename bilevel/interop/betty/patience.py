@@ -44,6 +44,11 @@ class Patience:
             self.best, self.counter = value, 0
         else:
             self.counter += 1
+        return self.over
+
+    @property
+    def over(self) -> bool:
+        """Whether it is exhausted."""
         return self.counter >= self.tolerance
 
 
