@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Tensors", "add", "axpy", "dot", "is_finite", "norm", "promote", "scale", "subtract", "zeros_like"]
+__all__ = ["Tensors", "add", "axpy", "axpy_", "dot", "is_finite", "norm", "promote", "scale", "subtract", "zeros_like"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -49,6 +49,12 @@ def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Ten
     if isinstance(alpha, Tensor) or not abs(alpha) < LARGEST_FUSED:
         return tuple(b + _scalar(alpha, a) * a for a, b in zip(x, y, strict=True))
     return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
+
+
+def axpy_(alpha: float, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
+    """Adds ``alpha · x`` to y, in place."""
+    for a, b in zip(x, y, strict=True):
+        b.add_(a, alpha=alpha) if abs(alpha) < LARGEST_FUSED else b.add_(alpha * a)
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:

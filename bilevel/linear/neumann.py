@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel.linear.base import Operator, Preconditioner, Solution, first_residual, machine_epsilon
 from bilevel.linear.probe import Probe
 from bilevel.result import Status
-from bilevel.vector import Tensors, axpy, dot, norm, scale
+from bilevel.vector import Tensors, axpy, axpy_, dot, norm, scale
 
 __all__ = ["neumann"]
 
@@ -56,7 +56,7 @@ def neumann(
     if products and float(norm(residual)) <= target:
         return Solution(q, Status.CONVERGED, products, message)
     summand = residual if preconditioner is None else preconditioner(residual)
-    total = tuple(part.clone() for part in summand)
+    q = axpy(step_size, summand, q) if products else scale(step_size, summand)
     # The norm in which the summands of a symmetric H shrink or grow monotonously is ‖p‖_P, and Pp is the residual.
     norms, sizes, curvatures = [_length(summand, residual, preconditioner)], [], []
     probe = Probe(epsilon or machine_epsilon(v))
@@ -72,11 +72,10 @@ def neumann(
         residual = residual if preconditioner is None else axpy(-step_size, product, residual)
         summand = axpy(-step_size, scaled, summand)
         norms.append(_length(summand, residual, preconditioner))
-        torch._foreach_add_(total, summand)
-        if rtol > 0.0 and float(norm(summand if preconditioner is None else residual)) <= target:
+        axpy_(step_size, summand, q)
+        if rtol > 0.0 and float(norms[-1] if preconditioner is None else norm(residual)) <= target:
             reached = True  # already without the summand that was just added
             break
-    q = axpy(step_size, total, q) if products else scale(step_size, total)
     status = _status(norms, sizes, curvatures, probe.epsilon)
     if reached and status is Status.STOPPED_AT_CAP:
         status = Status.CONVERGED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,10 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from bilevel import ConjugateGradient, Exact, Neumann, Status, hypergradient
 from bilevel.errors import ConfigError, LossError, NonFiniteError
 from bilevel.functional import FunctionObjective, PassCount, leaves
-from bilevel.products import DifferenceProducts, GaussNewtonGraph, GradientGraph, Products
+from bilevel.products import (
+    TOLERATED_ROUNDING,
+    DifferenceProducts,
+    GaussNewtonGraph,
+    GradientGraph,
+    Products,
+    displacement_error,
+)
 from bilevel.randomness import Replay
 from bilevel.vector import Tensors
-from tests.bilevel.strategies import DOUBLE, forall, make_quadratic, samples
+from tests.bilevel.strategies import DOUBLE, forall, logarithmic, make_quadratic, samples
 from tests.contract.contract import Field, flat
 
 HIDDEN, CLASSES, ROWS = 3, 3, 7
@@ -267,6 +275,55 @@ def test_displacements_that_rounding_swallows_are_reported() -> None:
     result = hypergradient(*losses, w, lam, Exact(products="finite_difference", difference_step=1e-6))
     assert result.info.status is Status.INACCURATE
     assert "rounding changes the displacements" in result.info.message
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, DOUBLE)
+
+
+@forall(
+    200,
+    number=st.integers(0, 2**31),
+    dtype=st.sampled_from(DTYPES),
+    weight=st.just(0.0) | logarithmic(1e-6, 1e3),
+    length=logarithmic(1e-8, 1e2),
+    central=st.booleans(),
+)
+def test_a_displacement_s_error_is_bounded_where_it_is_tolerable_and_exact_elsewhere(
+    number: int, dtype: torch.dtype, weight: float, length: float, central: bool
+) -> None:
+    generator = torch.Generator().manual_seed(number)
+    shapes = ((30,), (4, 5))
+    w = tuple((weight * torch.randn(shape, generator=generator, dtype=DOUBLE)).to(dtype) for shape in shapes)
+    working = torch.promote_types(dtype, torch.float32)
+    q = tuple(torch.randn(shape, generator=generator, dtype=DOUBLE).to(working) for shape in shapes)
+    factor = length / float(flat(q).norm())
+    found = displacement_error(w, q, factor, length, float(flat(w).double().norm()), central=central)
+    move = factor * flat(q).double()
+    ahead = (flat(w).to(working) + factor * flat(q)).to(dtype).double()
+    behind = (flat(w).to(working) - factor * flat(q)).to(dtype).double() if central else flat(w).double()
+    both = 2 * move if central else move
+    error = float((ahead - behind - both).norm() / both.norm())
+    if found <= TOLERATED_ROUNDING:
+        assert error <= found * (1 + 1e-3) + 1e-15
+    else:
+        # Numbers of the dtype near a tie may fall to either side.
+        assert found == pytest.approx(error, rel=0.02, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["finite_difference", {"method": "cg", "products": "finite_difference"}])
+def test_one_displaced_copy_of_the_parameters_stands_at_a_time(method: object) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def inner(w: Tensor, lam: Tensor) -> Tensor:
+        alive.append(sum(ref() is not None for ref in seen))
+        seen.append(weakref.ref(w))
+        return ((w - lam) ** 4).sum()
+
+    w, lam = torch.tensor([1.0, 2.0], dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE)
+    hypergradient(inner, lambda w, lam: w.sum(), w, lam, method)  # type: ignore[arg-type]
+    assert len(alive) >= 2
+    assert not any(alive)
 
 
 # Bad input

@@ -29,6 +29,9 @@ def test_arithmetic_is_that_of_the_flat_vector(number: int, shapes: list[tuple[i
     close(float(vector.norm(x)), float(flat(x).norm()))
     close(flat(vector.axpy(alpha, x, y)), alpha * flat(x) + flat(y))
     close(flat(vector.axpy(torch.tensor(alpha), x, y)), torch.tensor(alpha).double() * flat(x) + flat(y))
+    total = vector.scale(1.0, y)
+    vector.axpy_(alpha, x, total)
+    close(flat(total), alpha * flat(x) + flat(y))
     close(flat(vector.add(x, y)), flat(x) + flat(y))
     close(flat(vector.subtract(x, y)), flat(x) - flat(y))
     close(flat(vector.scale(alpha, x)), alpha * flat(x))
@@ -46,6 +49,16 @@ def test_the_empty_vector() -> None:
 def test_norms_of_float32_vectors_neither_overflow_nor_underflow(size: float) -> None:
     # Squares of the entries do: the norm was infinite, or zero.
     assert float(vector.norm((torch.full((4,), size),))) == pytest.approx(2 * size, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("alpha", [7e4, -1e39, float("inf"), float("nan")])
+def test_factors_beyond_a_dtype_give_what_is_not_finite_and_no_exception(dtype: torch.dtype, alpha: float) -> None:
+    # torch.add raises: a diverging solver ended in an exception instead of a status.
+    x, y = torch.tensor([1.0, 100.0], dtype=dtype), torch.zeros(2, dtype=dtype)
+    torch.testing.assert_close(vector.axpy(alpha, (x,), (y,))[0], alpha * x, equal_nan=True)
+    vector.axpy_(alpha, (x,), (y,))
+    torch.testing.assert_close(y, alpha * x, equal_nan=True)
 
 
 def test_splitting_a_float32_vector_changes_rounding_only() -> None:
