@@ -55,10 +55,6 @@ class Kept:
         ]
         self._schedule = None if self._scheduler is None else self._copied(self._scheduler.state_dict())
 
-    def of(self, optimizer: Optimizer, scheduler: Scheduler | None) -> bool:
-        """Whether it is the state of these two."""
-        return self._optimizer is optimizer and self._scheduler is scheduler
-
     def restore(self) -> None:
         """Puts everything back; tensors in place."""
         if self._scheduler is not None:
@@ -86,14 +82,14 @@ class Kept:
 
     def _copied(self, value: Any, into: Any = None) -> Any:
         """Returns a copy, whose tensors are those of ``into`` where they fit."""
+        if type(value) in _CONSTANTS or (type(value) is tuple and all(type(part) in _CONSTANTS for part in value)):
+            return value
         if isinstance(value, Tensor):
             fits = type(into) is Tensor and alike(into, value)
             return into.copy_(value.detach()) if fits else value.detach().clone()
         if type(value) is dict:
             old = into if isinstance(into, dict) else {}
             return {key: self._copied(part, old.get(key)) for key, part in value.items()}
-        if type(value) in _CONSTANTS or (type(value) is tuple and all(type(part) in _CONSTANTS for part in value)):
-            return value
         if not self._shared:
             held = (p for group in self._optimizer.param_groups for p in group["params"])
             self._shared = {id(part): part for part in (self._optimizer, *held, *self._others)}

@@ -151,16 +151,12 @@ class Snapshot:
 
     def _copy_optimizers(self) -> None:
         """As for parameters."""
-        before, self._optimizers = self._optimizers, {}
         for problem in self._problems:
-            if problem.optimizer is None:
-                continue
-            kept = before.get(problem.name)
-            if kept is not None and kept.of(problem.optimizer, problem.scheduler):
-                kept.take(problem.module.modules())
-            else:
-                kept = Kept(problem.optimizer, problem.scheduler, problem.module.modules())
-            self._optimizers[problem.name] = kept
+            if problem.name in self._optimizers:
+                self._optimizers[problem.name].take(problem.module.modules())
+            elif problem.optimizer is not None:
+                modules = problem.module.modules()
+                self._optimizers[problem.name] = Kept(problem.optimizer, problem.scheduler, modules)
 
 
 def _tensors(problems: Iterable[Problem], modules: Iterable[nn.Module]) -> list[Tensor]:

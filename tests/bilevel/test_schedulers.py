@@ -232,6 +232,35 @@ def test_what_a_step_adds_to_an_optimizer_is_taken_out_again_and_tensors_stay_th
     assert optimizer.param_groups[0]["params"][0] is parameter
 
 
+def test_a_state_is_kept_again_in_the_same_memory_and_is_then_the_later_one():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([parameter], lr=0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+    stepper = Stepper("one", optimizer, {"p": parameter}, scheduler=scheduler)
+    kept, expected = Kept(optimizer, scheduler), None
+    places: list[dict[str, int]] = []
+    for step in range(3):
+        stepper.update([torch.ones(2)], {})
+        kept.take()
+        places.append({name: part.data_ptr() for name, part in kept._state[parameter].items()})
+        expected = copy.deepcopy((optimizer.state_dict(), scheduler_state(scheduler)))
+        stepper.update([torch.full((2,), 7.0 + step)], {})
+        kept.restore()
+        assert str((optimizer.state_dict(), scheduler_state(scheduler))) == str(expected)
+    assert places[0] == places[1] == places[2]
+    assert {part.data_ptr() for part in optimizer.state[parameter].values()}.isdisjoint(places[0].values())
+    # Of another shape, another type, or gone: as for the first time.
+    state = optimizer.state[parameter]
+    state["exp_avg"], state["exp_avg_sq"] = torch.arange(3.0), state["exp_avg_sq"].double()
+    del state["step"]
+    kept.take()
+    optimizer.state[parameter] = {"step": 5}
+    kept.restore()
+    assert set(optimizer.state[parameter]) == {"exp_avg", "exp_avg_sq"}
+    assert optimizer.state[parameter]["exp_avg"].tolist() == [0.0, 1.0, 2.0]
+    assert optimizer.state[parameter]["exp_avg_sq"].dtype == torch.float64
+
+
 def test_a_callable_that_holds_the_model_keeps_this_very_model():
     """torch's schedulers count what a callable holds as their state; a copy of the model would be trained by nobody."""
 
