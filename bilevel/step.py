@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -79,6 +79,7 @@ class Step:
     scales: Mapping[str, LossScale] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
     trajectories: dict[str, list[RecordedUpdate]] = field(default_factory=dict)
+    instead: ClassVar[str] = ", or set EngineConfig(on_non_finite='skip')"
 
     def __post_init__(self) -> None:
         """Looks up what every update needs."""
@@ -244,7 +245,7 @@ class Step:
         undone = "No parameter was changed. " if self.config.restore_on_error else ""
         return NonFiniteStepError(
             f"step {self.number + 1}: {text}{self.place(problem.name)}. {undone}"
-            "Look at that batch and the learning rates, or set EngineConfig(on_non_finite='skip').",
+            f"Look at that batch and the learning rates{self.instead}.",
             problem.name,
         )
 

@@ -315,7 +315,7 @@ def test_torchs_own_optimizers_get_gradients_that_are_not_copied_and_leave_them_
     for _ in range(3):
         grad = torch.randn(3, 4)
         before = grad.clone()
-        assert stepper._own([grad])[0].data_ptr() == grad.data_ptr()
+        assert stepper.own([grad])[0].data_ptr() == grad.data_ptr()
         stepper.update([grad], {})
         assert torch.equal(grad, before)
 

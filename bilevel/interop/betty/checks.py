@@ -45,7 +45,7 @@ def check_arguments(
         ConfigError: One is not; the message names it.
         GraphError: Problems that are none, twice there, of the same name, or in another engine.
     """
-    check_spelling(type(engine), ["validation", "train_step"])
+    check_spelling(type(engine), ["validation"])
     for name in defined(type(engine)) & INTERNAL:
         raise ConfigError(
             f"{type(engine).__name__} overrides {name}(), which the engine does not call here: only validation() and "

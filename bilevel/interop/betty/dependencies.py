@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bilevel.errors import ConfigError, GraphError, unknown_name
+from bilevel.errors import BilevelWarning, ConfigError, GraphError, unknown_name
 from bilevel.problems import Dependencies
 from bilevel.problems.graph import dependencies_of
 
@@ -81,6 +82,23 @@ class Declared:
             f"missing dependency: training_step of {name!r} uses the parameters of {other!r}, which is not declared: "
             f"{remedy}. If {other!r} is to be a constant there, use it under torch.no_grad()."
         )
+
+    def warn_of_unused(self, name: str, reach: Iterable[str]) -> None:
+        """Warns where a loss does not use the parameters of a problem that it is declared to use: it may do so later.
+
+        Args:
+            name: The problem whose loss it is.
+            reach: The problems whose parameters reach it.
+        """
+        unused = [other for other in self._used_by(name) if other not in reach]
+        if unused:
+            warnings.warn(
+                f"training_step of {name!r} is declared to use the parameters of {unused[0]!r}, and does not where it "
+                "was looked at: no hypergradient flows there as long as that is so. If it is meant to use them, call "
+                "that problem or read its module without detach() and outside of torch.no_grad()",
+                BilevelWarning,
+                stacklevel=2,
+            )
 
     def _used_by(self, name: str) -> tuple[str, ...]:
         """Returns the problems whose parameters a loss is declared to use."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from bilevel.planning import Planner
 from bilevel.policy import SolvePolicy
 from bilevel.problems import Dependencies
 from bilevel.problems.differentiate import Differentiator
-from bilevel.problems.graph import examine
+from bilevel.problems.graph import Reading, examine
 from bilevel.problems.records import RecordedUpdate
 from bilevel.randomness import preserved
 from bilevel.result import StepResult
@@ -245,32 +245,43 @@ class _Planner(Planner):
         self.unread.discard(name)
         differentiator, _ = self._plan
         with preserved(self._gradients.devices):
-            level = self._levels[name]
-            reading = examine(level, list(self._levels.values()), self._gradients.slots, batch)
-        self._graph.check_reach(name, reading.reach)
+            reading = self._read(name, batch)
+        self._graph.warn_of_unused(name, reading.reach)
         reading.check(name, differentiator.dependencies)
         method = differentiator.estimators.get(name)
         if reading.error is not None and method is not None and method.needs_double_backward:
             raise reading.error
 
     def _dependencies(self, feed: Feed) -> Dependencies:
-        if len(self._levels) == 1:
-            return self._graph.dependencies()
-        if not any(level.user.draws_itself for level in self._levels.values()):
+        # As declared, also where a loss uses less: it may do so later (weights after a warm-up, say).
+        graph = self._graph.dependencies()
+        if any(level.user.draws_itself for level in self._levels.values()):
+            self.unread = set(self._levels)
+            return graph
+        readings = {}
+        for name in self._levels:
             try:
-                found = super()._dependencies(feed)
-            except BilevelError:
+                reading = self._read(name, feed.peek(name))
+            except (BilevelError, NotImplementedError):
                 raise
             except Exception as error:
-                next(iter(self._levels.values())).user.logger.warning(
-                    f"A loss cannot be evaluated before the first iteration ({error!r}): it is looked at then"
+                self._levels[name].user.logger.warning(
+                    f"The loss of problem {name!r} cannot be evaluated before the first iteration ({error!r}): it is "
+                    "looked at then"
                 )
-            else:
-                for name, reach in found.reach.items():
-                    self._graph.check_reach(name, reach)
-                return found
-        self.unread = set(self._levels)
-        return self._graph.dependencies()
+                self.unread.add(name)
+                continue
+            reading.check(name, graph)
+            readings[name] = reading
+        for name, reading in readings.items():
+            self._graph.warn_of_unused(name, reading.reach)
+        once = {name: reading.error for name, reading in readings.items() if reading.error is not None}
+        return replace(graph, first_derivatives_only=once)
+
+    def _read(self, name: str, batch: Any) -> Reading:
+        reading = examine(self._levels[name], list(self._levels.values()), self._gradients.slots, batch)
+        self._graph.check_reach(name, reading.reach)
+        return reading
 
 
 class Carried(Callback):

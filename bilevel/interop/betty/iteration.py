@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Iteration(Step):
     starts: dict[str, LoopStart] = field(kw_only=True)
     first_seen: Callable[[str, Any], None] = field(kw_only=True)
     told: Callable[[Turn, Mapping[str, Any]], None] = field(kw_only=True)
+    instead: ClassVar[str] = ""
 
     def run(self, whole: Round) -> Report:
         """Makes the turns of one iteration."""

@@ -138,8 +138,23 @@ class Level(Problem):
 
     def restart(self) -> None:
         """Begins an inner loop."""
-        if self.user.is_implemented("on_inner_loop_start"):
-            self.user.on_inner_loop_start()  # type: ignore[attr-defined]
+        if not self.user.is_implemented("on_inner_loop_start"):
+            return
+        before = [p._version for p in self.parameters]
+        self.user.on_inner_loop_start()  # type: ignore[attr-defined]
+        method = self.hypergradient
+        if method is None or not method.follows_start:
+            return
+        uppers = [p for upper in self.user.parents for p in upper.parameters()]
+        for own, version in zip(self.parameters, before, strict=True):
+            copied = own._version != version and any(p.shape == own.shape and torch.equal(p, own) for p in uppers)
+            if copied:
+                raise ConfigError(
+                    f"on_inner_loop_start() of problem {self.name!r} copies parameters of a problem above, and the "
+                    f"problem is differentiated by its updates (method {method.name!r}), which would leave the start "
+                    "out: tie the loss to them by a proximal term under another type (implicit MAML), or declare the "
+                    "start as bilevel.Problem(reset=…) in our own terms"
+                )
 
     def begin_epoch(self, stream: BatchStream, batch: Any) -> None:
         """Calls the user's ``epoch_callback``, where the batch drawn last is the first of another epoch."""
@@ -173,8 +188,7 @@ class Level(Problem):
                 share_of_all = self._after_callback(share_of_all)
             if count == parts and not spoilt:
                 self.user.optimizer_step()
-                if self.user.is_implemented("param_callback"):
-                    self.user.param_callback()  # type: ignore[attr-defined]
+                self._call_param_callback()
                 if type(self.user).zero_grad is not BettyProblem.zero_grad:  # gradients are put back anyway
                     self.user.zero_grad()
                 self.num_updates += 1
@@ -196,6 +210,25 @@ class Level(Problem):
                 "which does not see that: use another type, or only look"
             )
         return after
+
+    def _call_param_callback(self) -> None:
+        """Lets the user change the parameters.
+
+        Raises:
+            ConfigError: They have changed, and the method differentiates the update alone.
+        """
+        if not self.user.is_implemented("param_callback"):
+            return
+        method = self.hypergradient
+        follows = method is not None and method.needs_trajectory
+        before = tuple(p.detach().clone() for p in self.parameters) if follows else ()
+        self.user.param_callback()  # type: ignore[attr-defined]
+        if method is not None and not all(map(torch.equal, before, self.parameters[: len(before)])):
+            raise ConfigError(
+                f"param_callback() of problem {self.name!r} has changed the parameters, and the problem is "
+                f"differentiated by its updates (method {method.name!r}), which does not see that: use another type, "
+                "or only look"
+            )
 
     def leave_out(self, values: Mapping[str, Any]) -> None:
         """Counts a batch whose gradients overflowed: the update that it belongs to is left out."""
@@ -232,7 +265,7 @@ class Level(Problem):
 
 
 def check_pace(levels: Mapping[str, Level], graph: Declared, paces: Mapping[str, Pace]) -> None:
-    """Raises where a problem above would step in the middle of a loop whose updates are followed.
+    """Raises where a problem above would step in the middle of a loop that is followed or rolled back.
 
     Args:
         levels: All problems, by name.
@@ -240,21 +273,22 @@ def check_pace(levels: Mapping[str, Level], graph: Declared, paces: Mapping[str,
         paces: How often those above step.
 
     Raises:
-        ConfigError: A problem that is followed through several updates keeps another pace than one beside it.
+        ConfigError: Such a problem keeps another pace than one beside it.
     """
     for name, level in levels.items():
         method = level.hypergradient
-        if method is None or not method.needs_trajectory or method.recorded_steps == 1:
+        followed = method is not None and method.needs_trajectory and method.recorded_steps != 1
+        if not followed and not level.rolls_back:
             continue
+        how = "rolled back" if method is None or not followed else f"differentiated by its updates ({method.name!r})"
         for parent in graph.parents[name]:
             for other in graph.children[parent]:
                 same = not (graph.children[name] or graph.children[other]) and paces[name] == paces[other]
                 if other != name and not same:
                     raise ConfigError(
-                        f"problem {name!r} is differentiated by several of its updates (method {method.name!r}), and "
-                        f"{other!r} beside it keeps another pace, so that {parent!r} would step in the middle of a "
-                        "loop: both need the same Config.unroll_steps, gradient_accumulation and warmup_steps and none "
-                        "below them, or use another type"
+                        f"problem {name!r} is {how}, and {other!r} beside it keeps another pace, so that {parent!r} "
+                        "would step in the middle of a loop: both need the same Config.unroll_steps, "
+                        "gradient_accumulation and warmup_steps, and none below them"
                     )
 
 
@@ -283,7 +317,7 @@ def _check(user: BettyProblem, method: Estimator | None, *, has_children: bool) 
             f"problem {name!r} overrides {hook}(), which belongs to the machinery of Betty's that does not exist "
             f"here. What users may define: {', '.join(HOOKS)}, and the methods that Problem has"
         )
-    check_spelling(type(user), [*HOOKS, "training_step", "get_batch", "forward"])
+    check_spelling(type(user), [*HOOKS, "training_step"])
     if type(user).meta_trainable_parameters is not BettyProblem.meta_trainable_parameters:
         raise ConfigError(
             f"meta_trainable_parameters() of problem {name!r} is not supported: hypergradients flow through all "
@@ -293,8 +327,8 @@ def _check(user: BettyProblem, method: Estimator | None, *, has_children: bool) 
     if method is None or not method.needs_trajectory:
         return
     how = f"problem {name!r} is differentiated by its updates (method {method.name!r})"
-    if user.is_implemented("custom_optimizer_step"):
-        raise ConfigError(f"{how}, which custom_optimizer_step() makes in a way that is not known: use another type")
+    for own in sorted({"custom_optimizer_step", "optimizer_step", "clip_grad"} & defined(type(user))):
+        raise ConfigError(f"{how}, which {own}() makes in a way that is not known: use another type")
     if has_children and config.gradient_accumulation > 1:
         raise ConfigError(
             f"{how} and has problems below it, which move between the batches of Config.gradient_accumulation="

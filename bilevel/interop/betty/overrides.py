@@ -11,6 +11,8 @@ __all__ = ["check_spelling", "defined"]
 
 _OURS = __name__.rpartition(".")[0] + "."
 _CLOSE = 0.9
+_HELPERS = {"validations"}
+"""Near enough to a hook, and plausible names of something else."""
 
 
 def defined(cls: type) -> set[str]:
@@ -30,6 +32,6 @@ def check_spelling(cls: type, hooks: Sequence[str]) -> None:
     """
     names = defined(cls)
     missing = [hook for hook in hooks if hook not in names]
-    for name in names - set(hooks) - set(dir(object)):
+    for name in names - set(hooks) - set(dir(object)) - _HELPERS:
         if callable(getattr(cls, name, None)) and difflib.get_close_matches(name, missing, n=1, cutoff=_CLOSE):
             raise unknown_name(f"method of {cls.__name__} (it would never be called):", name, hooks)

@@ -39,6 +39,15 @@ HOOKS = (
     "epoch_callback",
 )
 """What users may define beside the methods that there are."""
+_SETTINGS = {
+    "gas": "gradient_accumulation",
+    "precision": "precision",
+    "gradient_clipping": "gradient_clipping",
+    "warmup_steps": "warmup_steps",
+    "log_step": "log_step",
+    "log_local_step": "log_local_step",
+}
+"""Attributes that say what the configuration says, by its field."""
 _FIXED = ("module", "optimizer", "scheduler", "train_data_loader")
 
 
@@ -103,6 +112,8 @@ class Problem:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses another module, optimizer, scheduler or loader, once an engine drives those that there were."""
+        if name in _SETTINGS:
+            raise ConfigError(f"{name} of problem {self._name!r} is set by Config.{_SETTINGS[name]}")
         if name in _FIXED and self.__dict__.get("_owned") is not None and value is not getattr(self, name):
             raise ConfigError(
                 f"{name} of problem {self._name!r} cannot be replaced: it is fixed when the engine is made. Change it "
