@@ -1,0 +1,224 @@
+"""Edges that a loss uses later, and what an update's derivative would leave out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bilevel.errors import BilevelWarning, ConfigError
+
+ITERATIONS = 12
+OURS = "bilevel.interop.betty"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # betty-ml's imports
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Value(nn.Module):
+    def __init__(self, *numbers: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(numbers))
+
+
+def program(
+    library: str,
+    losses: dict[str, Callable[[Any], Tensor]],
+    edges: tuple[dict[str, list[str]], dict[str, list[str]]],
+    *,
+    kind: str = "ImplicitProblem",
+    below: dict[str, Any] | None = None,
+    hooks: dict[str, Any] | None = None,
+    **engine: Any,
+) -> dict[str, Tensor]:
+    """Returns all parameters after a run. ``below`` is the configuration of ``low``, and ``hooks`` are its methods."""
+    problems_of, configs = (importlib.import_module(f"{library}.{part}") for part in ("problems", "configs"))
+    made = {}
+    for place, (name, loss) in enumerate(losses.items()):
+        low = name == "low"
+        base = getattr(problems_of, kind if low else "ImplicitProblem")
+        methods = {"training_step": lambda self, batch, loss=loss: loss(self), **((hooks or {}) if low else {})}
+        module = Value(1.0 + place, 0.5 - place)
+        config = configs.Config(**{"type": "neumann", "neumann_iterations": 2, "neumann_alpha": 0.3} | (below or {}))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        made[name] = type(name.title(), (base,), methods)(
+            name, config if low else configs.Config(), module, optimizer, train_data_loader=[(0,)]
+        )
+    u2l, l2u = ({made[key]: [made[one] for one in several] for key, several in part.items()} for part in edges)
+    settings = configs.EngineConfig(**{"train_iters": ITERATIONS, "strategy": "cpu", **engine})
+    whole = importlib.import_module(f"{library}.engine").Engine(list(made.values()), settings, {"u2l": u2l, "l2u": l2u})
+    whole.run()
+    return {name: problem.module.value.detach().clone() for name, problem in made.items()}
+
+
+TWO = ({"top": ["low"]}, {"low": ["top"]})
+
+
+def top_loss(self: Any) -> Tensor:
+    return (self.low.module.value - 3.0).square().sum()
+
+
+def low_loss(self: Any) -> Tensor:
+    return (self.module.value - self.top.module.value).square().sum() / 2
+
+
+def weighted_later(self: Any) -> Tensor:
+    plain = self.module.value.square().sum() / 2
+    return plain if self.count <= 5 else plain - (self.top.module.value * self.module.value).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*is declared to use the parameters of 'top':bilevel.errors.BilevelWarning")
+def test_an_edge_that_a_loss_uses_later_is_followed_from_then_on() -> None:
+    losses = {"top": top_loss, "low": weighted_later}
+    bettys, ours = (program(library, losses, TWO) for library in ("betty", OURS))
+    for name, value in bettys.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=0)
+    assert not torch.equal(ours["top"], torch.tensor([1.0, 0.5]))
+
+
+@pytest.mark.filterwarnings("ignore:.*is declared to use the parameters of 'top':bilevel.errors.BilevelWarning")
+def test_the_same_in_the_middle_of_three() -> None:
+    def middle(self: Any) -> Tensor:
+        towards = (self.module.value - self.low.module.value).square().sum() / 2
+        return towards if self.count <= 2 else towards - (self.top.module.value * self.module.value).sum() / 3
+
+    losses = {
+        "top": lambda self: (self.middle.module.value - 3.0).square().sum(),
+        "middle": middle,
+        "low": low_loss,
+    }
+    edges = ({"top": ["low", "middle"]}, {"low": ["middle"], "middle": ["top"]})
+    bettys, ours = (program(library, losses, edges) for library in ("betty", OURS))
+    for name, value in bettys.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=0)  # darts in the middle
+
+
+def test_an_edge_that_is_not_used_is_told() -> None:
+    losses = {"top": top_loss, "low": lambda self: self.module.value.square().sum()}
+    with pytest.raises(BilevelWarning, match="'low' is declared to use the parameters of 'top', and does not"):
+        program(OURS, losses, TWO)
+
+
+FOLLOWED = [("IterativeProblem", {"unroll_steps": 2}), ("ImplicitProblem", {"type": "sama", "unroll_steps": 2})]
+
+
+def clamp(self: Any) -> None:
+    with torch.no_grad():
+        self.module.value.clamp_(-0.2, 0.2)
+
+
+def scale(self: Any) -> None:
+    for p in self.module.parameters():
+        p.grad.mul_(0.5)
+
+
+def step_halved(self: Any) -> None:
+    scale(self)
+    super(type(self), self).optimizer_step()
+
+
+@pytest.mark.parametrize(("kind", "below"), FOLLOWED, ids=["unrolled", "sama"])
+@pytest.mark.parametrize(
+    ("hook", "method", "message"),
+    [
+        ("param_callback", clamp, r"param_callback\(\) of problem 'low' has changed the parameters"),
+        ("grad_callback", scale, r"grad_callback\(\) of problem 'low' has changed the gradients"),
+        ("optimizer_step", step_halved, r"optimizer_step\(\) makes in a way that is not known"),
+        ("clip_grad", scale, r"clip_grad\(\) makes in a way that is not known"),
+        ("custom_optimizer_step", scale, r"custom_optimizer_step\(\) makes in a way that is not known"),
+    ],
+)
+def test_what_changes_a_followed_update_is_refused(
+    kind: str, below: dict[str, Any], hook: str, method: Any, message: str
+) -> None:
+    losses = {"top": top_loss, "low": low_loss}
+    with pytest.raises(ConfigError, match=message):
+        program(OURS, losses, TWO, kind=kind, below=below, hooks={hook: method})
+
+
+@pytest.mark.parametrize(("kind", "below"), FOLLOWED, ids=["unrolled", "sama"])
+def test_callbacks_that_only_look_change_nothing(kind: str, below: dict[str, Any]) -> None:
+    losses, look = {"top": top_loss, "low": low_loss}, lambda self: None
+    plain = program(OURS, losses, TWO, kind=kind, below=below)
+    seen = program(
+        "bilevel.interop.betty",
+        losses,
+        TWO,
+        kind=kind,
+        below=below,
+        hooks={"param_callback": look, "grad_callback": look},
+    )
+    assert all(torch.equal(seen[name], value) for name, value in plain.items())
+
+
+def copied(self: Any) -> None:
+    self.module.load_state_dict(self.top.module.state_dict())
+
+
+def zeroed(self: Any) -> None:
+    with torch.no_grad():
+        self.module.value.zero_()
+
+
+def test_a_start_copied_from_above_is_not_followed() -> None:
+    losses, below = {"top": top_loss, "low": low_loss}, {"unroll_steps": 2}
+    with pytest.raises(ConfigError, match="copies parameters of a problem above.*proximal term"):
+        program(
+            "bilevel.interop.betty",
+            losses,
+            TWO,
+            kind="IterativeProblem",
+            below=below,
+            hooks={"on_inner_loop_start": copied},
+        )
+    # A constant start is one whose derivative is zero.
+    program(
+        "bilevel.interop.betty",
+        losses,
+        TWO,
+        kind="IterativeProblem",
+        below=below,
+        hooks={"on_inner_loop_start": zeroed},
+    )
+    # A linear system does not ask where the loop began.
+    bettys, ours = (
+        program(library, losses, TWO, below=below, hooks={"on_inner_loop_start": copied}) for library in ("betty", OURS)
+    )
+    torch.testing.assert_close(ours["top"], bettys["top"], rtol=1e-12, atol=0)
+
+
+def test_roll_back_out_of_step_is_refused() -> None:
+    losses = {
+        "top": lambda self: (self.low.module.value + self.other.module.value - 3.0).square().sum(),
+        "low": low_loss,
+        "other": low_loss,
+    }
+    edges = ({"top": ["low", "other"]}, {"low": ["top"], "other": ["top"]})
+    with pytest.raises(ConfigError, match="'low' is rolled back, and 'other' beside it keeps another pace"):
+        program(OURS, losses, edges, below={"unroll_steps": 2}, roll_back=True)
+
+
+def test_a_setting_is_changed_by_the_configuration_alone() -> None:
+    def mine(self: Any) -> Tensor:
+        self.gas = 2
+        return low_loss(self)
+
+    with pytest.raises(ConfigError, match="gas of problem 'low' is set by Config.gradient_accumulation"):
+        program(OURS, {"top": top_loss, "low": mine}, TWO)
+
+
+def test_a_loss_that_is_not_finite_is_told_without_advice_that_is_refused() -> None:
+    losses = {"top": top_loss, "low": lambda self: low_loss(self) / 0.0}
+    with pytest.raises(ArithmeticError, match=r"problem 'low' is (inf|nan)") as caught:
+        program(OURS, losses, TWO)
+    assert "skip" not in str(caught.value)
