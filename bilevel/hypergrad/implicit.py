@@ -15,14 +15,20 @@ from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
 from bilevel.hypergrad.certificate import Bound, Certificate, as_certificate
 from bilevel.linear import Operator, Solution, damped, machine_epsilon
-from bilevel.products import DifferenceProducts, FieldProducts, GaussNewtonGraph, GradientGraph, Products
+from bilevel.products import (
+    TOLERATED_ROUNDING,
+    DifferenceProducts,
+    FieldProducts,
+    GaussNewtonGraph,
+    GradientGraph,
+    Products,
+)
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_number
 from bilevel.vector import Tensors, axpy, is_finite, norm, promote, scale, subtract
 
 __all__ = ["Implicit", "Iterative", "System"]
 
-TOLERATED_ROUNDING = 0.1
 SOLUTION = "solution"
 
 

@@ -31,14 +31,12 @@ from bilevel.functional import Evaluate, leaves, require_finite
 from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, Response, State
 from bilevel.optim import Rule
 from bilevel.problems.response import NestedObjective
-from bilevel.products import displaced, lost_to_rounding
+from bilevel.products import TOLERATED_ROUNDING, displacement_error
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors, add, is_finite, norm
 
 __all__ = ["BettyCG", "BettyDarts", "BettyMethod", "BettyNeumann", "BettySAMA"]
-
-TOLERATED_ROUNDING = 0.1
 
 
 def released(name: str) -> Callable[..., Any]:
@@ -208,13 +206,14 @@ class _Difference(BettyMethod):
     def report(self, problem: InnerProblem, level: SimpleNamespace, v: Tensors, rest: Tensors) -> SolveInfo:
         """See :meth:`BettyMethod.report`: how much of the displacement rounding has changed."""
         q = tuple(self.direction(level, v))
-        length = self.alpha / (float(norm(q)) + 1e-15)  # Betty's guard against division by zero
-        moves = tuple(part * length for part in q)
+        size = float(norm(q))
+        factor = self.alpha / (size + 1e-15)  # Betty's guard against division by zero
         lost = 0.0
-        if float(norm(moves)) > 0.0:
-            lost = lost_to_rounding(displaced(problem.inner, moves, 1), displaced(problem.inner, moves, -1), moves)
+        if size > 0.0:
+            here = float(norm([part.detach() for part in problem.inner]))
+            lost = displacement_error(problem.inner, q, factor, factor * size, here)
         status = Status.INACCURATE if lost > TOLERATED_ROUNDING else Status.NOT_APPLICABLE
-        message = f"alpha {self.alpha:g}, rounding of the displacement {lost:.0e}"
+        message = f"alpha {self.alpha:g}, rounding of the displacement at most {lost:.0e}"
         return SolveInfo(status, products=2, method=self.name, message=message)
 
 
