@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevel.errors import ConfigError, unknown_name
 from bilevel.hypergrad import Estimator
-from bilevel.interop.betty.methods import check_type
+from bilevel.interop.betty.kinds import check_type
 from bilevel.validation import check_choice, check_integer, check_number
 
 __all__ = ["Config", "EngineConfig"]

@@ -5,18 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from bilevel.errors import BilevelWarning, ConfigError, GraphError, unknown_name
 from bilevel.problems import Dependencies
 from bilevel.problems.graph import dependencies_of
 
-if TYPE_CHECKING:
-    from bilevel.interop.betty.problems import Problem
-
 __all__ = ["Declared", "declared"]
 
 KINDS = ("u2l", "l2u")
+
+
+class Named(Protocol):
+    """A problem, as far as its place in the graph goes."""
+
+    @property
+    def name(self) -> str:
+        """Under which the others know it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,10 @@ class Declared:
         return (*self.children[name], *(other for other in self.names if name in self.lowers[other]))
 
 
-def declared(problems: Sequence[Problem], dependencies: Mapping[str, Mapping[Problem, Iterable[Problem]]]) -> Declared:
+Edges = Mapping[str, Mapping[Any, Iterable[Any]]]
+
+
+def declared(problems: Sequence[Named], dependencies: Edges) -> Declared:
     """Reads ``{"u2l": {upper: [lower, …]}, "l2u": {lower: [upper, …]}}``.
 
     Args:
@@ -148,9 +156,7 @@ def _checked_kinds(dependencies: object) -> Sequence[str]:
     return KINDS
 
 
-def _edges(
-    kind: str, problems: Sequence[Problem], dependencies: Mapping[str, Mapping[Problem, Iterable[Problem]]]
-) -> dict[str, tuple[str, ...]]:
+def _edges(kind: str, problems: Sequence[Named], dependencies: Edges) -> dict[str, tuple[str, ...]]:
     known = {id(problem) for problem in problems}
     given = dependencies[kind]
     if not isinstance(given, Mapping):

@@ -3,55 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bilevel.errors import ConfigError, unknown_name
-from bilevel.hypergrad import (
-    SAMA,
-    ConjugateGradient,
-    Estimator,
-    FiniteDifference,
-    Neumann,
-    as_estimator,
-    available_methods,
-)
+from bilevel.hypergrad import SAMA, ConjugateGradient, Estimator, FiniteDifference, Neumann, as_estimator
+from bilevel.interop.betty.configs import Config
+from bilevel.interop.betty.kinds import PREFIX
 
-if TYPE_CHECKING:
-    from bilevel.interop.betty.configs import Config
-
-__all__ = ["check_type", "method_of"]
-
-OURS = ("darts", "neumann", "cg", "sama")
-"""Betty's names, with Betty's fields and our gradients."""
-PREFIX = "betty:"
-
-
-def check_type(kind: object) -> None:
-    """Raises unless ``Config.type`` names a method.
-
-    Raises:
-        ConfigError: Something else than a name, a mapping or an estimator, or ``"reinforce"``.
-        UnknownNameError: No such method, or no such field of it.
-    """
-    if kind == "reinforce":
-        raise ConfigError(
-            "Config.type='reinforce' is not supported: the released one cannot be run, since it reads what problems do "
-            f"not have. Choices: {', '.join(map(repr, _choices()))}"
-        )
-    if isinstance(kind, str):
-        if kind not in _choices():
-            raise unknown_name("value of Config.type", kind, _choices())
-    elif isinstance(kind, (Estimator, Mapping)):
-        try:
-            as_estimator(kind)
-        except ConfigError as error:
-            error.args = (f"Config.type: {error}", *error.args[1:])
-            raise
-    else:
-        raise ConfigError(
-            f"Config.type must be the name of a method, a mapping with 'method', or an estimator, not {kind!r}. "
-            f"Names: {', '.join(map(repr, _choices()))}"
-        )
+__all__ = ["method_of"]
 
 
 def method_of(config: Config) -> Estimator:
@@ -87,7 +45,3 @@ def _fields(kind: str, config: Config) -> dict[str, Any]:
     if kind == "neumann":
         return {"iterations": config.neumann_iterations, "alpha": config.neumann_alpha}
     return {"iterations": config.cg_iterations, "alpha": config.cg_alpha}
-
-
-def _choices() -> list[str]:
-    return [*dict.fromkeys([*OURS, *available_methods(), "fd"])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import keyword
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,10 @@ from torch.utils.data import DataLoader
 from bilevel.errors import CheckpointError, ConfigError, ParameterError
 from bilevel.interop.betty.configs import Config
 from bilevel.interop.betty.data import converted
+from bilevel.interop.betty.dependencies import Declared
 from bilevel.interop.betty.log import line
 from bilevel.stepper import Scheduler
 from bilevel.validation import check_integer
-
-if TYPE_CHECKING:
-    from bilevel.interop.betty.engine import Engine
 
 __all__ = ["HigherIterativeProblem", "ImplicitProblem", "IterativeProblem", "Problem"]
 
@@ -49,6 +47,24 @@ _SETTINGS = {
 }
 """Attributes that say what the configuration says, by its field."""
 _FIXED = ("module", "optimizer", "scheduler", "train_data_loader")
+
+
+class Host(Protocol):
+    """What a problem asks of its engine."""
+
+    graph: Declared
+
+    def named(self, names: Iterable[str]) -> list[Problem]:
+        """Returns problems by their names."""
+
+    def count(self, name: str) -> int:
+        """Returns the number of a problem's steps so far."""
+
+    def is_rank_zero(self) -> bool:
+        """Whether this is the only process, or the first."""
+
+    def leaf_steps(self, leaf: Problem) -> None:
+        """Hears that one of the lowest problems is to step."""
 
 
 class Problem:
@@ -92,7 +108,7 @@ class Problem:
     ) -> None:
         self._name = _checked_name(name)
         self._config = _checked_config(name, config)
-        self._engine: Engine | None = None
+        self._engine: Host | None = None
         self._owned: tuple[str, ...] | None = None
         self._loaders: tuple[Iterable[Any], ...] = ()
         self._listed: list[Iterable[Any]] | None = None
