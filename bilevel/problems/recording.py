@@ -58,27 +58,30 @@ class Recorder:
         assert problem.optimizer is not None
         parts, dependencies = self.differentiator.gradients, self.differentiator.dependencies
         estimator = self.differentiator.estimators[problem.name]
-        update, memory = update_of(problem.optimizer, problem.parameters)
-        if problem.max_grad_norm is not None:
-            update = clipped(update, problem.max_grad_norm)
         inner = tuple(p.detach().clone() for p in problem.parameters)
         buffers = parts.slots.buffer_values(None if earlier is None else earlier.buffers)
         below = {
             other: Settled(records[other], tuple(p.detach().clone() for p in parts.problems[other].parameters))
             for other in dependencies.settled_before(problem.name, active)
         }
-        step = RecordedUpdate(batches, generators, inner, memory, update, buffers, first=first, below=below)
         above = dependencies.responds_to(problem.name)
         if estimator.keeps_graph:
             outer = tuple(p for name in above for p in parts.problems[name].parameters)
             value, metrics, grads, graph = take_with_graph(problem, batches, inner, outer, parts.slots, parts.passes)
             grads = parts.reduce(grads)
-            result, step = LossGradient(value, metrics, grads, grads), replace(step, graph=graph)
+            result = LossGradient(value, metrics, grads, grads)
         else:
             # What autocast makes of ∂f/∂λ is no match for the products' full precision.
             wanted = last and estimator.needs_outer_gradient and not parts.autocasts(problem.name)
             others = above if wanted else ()
-            result = self.differentiator.total(problem, batches, records, states, active, others)
+            result, graph = self.differentiator.total(problem, batches, records, states, active, others), None
+        # Read now: a loss may set the learning rate that its own update is made with.
+        update, memory = update_of(problem.optimizer, problem.parameters)
+        if problem.max_grad_norm is not None:
+            update = clipped(update, problem.max_grad_norm)
+        step = RecordedUpdate(
+            batches, generators, inner, memory, update, buffers, graph=graph, first=first, below=below
+        )
         if not last:
             return result, step
         versions = {id(p): p._version for name in result.others for p in parts.problems[name].parameters}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel.errors import BilevelWarning, ConfigError
+from bilevel.errors import BilevelWarning, ConfigError, LossError
 
 ITERATIONS = 12
 OURS = "bilevel.interop.betty"
@@ -161,40 +161,103 @@ def test_callbacks_that_only_look_change_nothing(kind: str, below: dict[str, Any
     assert all(torch.equal(seen[name], value) for name, value in plain.items())
 
 
+def by_hand(rate: Callable[[int], float], weight: Callable[[int], float], steps: int, gas: int = 1) -> Tensor:
+    """``top`` after a run in which ``low`` takes ``steps`` updates of ``gas`` batches, differentiated one by one."""
+    top, low, count = torch.tensor([1.0, 0.5]), torch.tensor([2.0, -0.5]), 0
+    for _ in range(ITERATIONS // (steps * gas)):
+        top.requires_grad_()
+        w = low
+        for _ in range(steps):
+            grads = []
+            for _ in range(gas):
+                count += 1
+                grads.append(weight(count) * (w - top))
+            w = w - rate(count) * torch.stack(grads).mean(0)
+        (gradient,) = torch.autograd.grad((w - 3.0).square().sum(), top)
+        top, low = (top - 0.1 * gradient).detach(), w.detach()
+    return top
+
+
+@pytest.mark.parametrize(("memory", "gas"), [("replay", 1), ("graph", 1), ("replay", 2)])
+def test_a_loss_reads_its_count_and_sets_its_rate(memory: str, gas: int) -> None:
+    def mine(self: Any) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.1 / self.count
+        return low_loss(self) * self.count
+
+    below = {"type": {"method": "unrolled", "memory": memory}, "unroll_steps": 3, "gradient_accumulation": gas}
+    ours = program(OURS, {"top": top_loss, "low": mine}, TWO, below=below)
+    expected = by_hand(lambda count: 0.1 / count, lambda count: count, 3, gas)
+    torch.testing.assert_close(ours["top"], expected, rtol=1e-12, atol=0)
+
+
+def test_sama_takes_the_rate_that_its_loss_has_set() -> None:
+    def mine(self: Any) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.1 / self.count
+        return low_loss(self)
+
+    below = {"type": {"method": "sama", "difference": "exact", "center": "old"}}
+    ours = program(OURS, {"top": top_loss, "low": mine}, TWO, below=below)
+    torch.testing.assert_close(ours["top"], by_hand(lambda count: 0.1 / count, lambda _: 1.0, 1), rtol=1e-12, atol=0)
+
+
 def copied(self: Any) -> None:
     self.module.load_state_dict(self.top.module.state_dict())
 
 
-def zeroed(self: Any) -> None:
+def copied_data(self: Any) -> None:
+    self.module.value.data = self.top.module.value.data.clone()
+
+
+def halved(self: Any) -> None:
     with torch.no_grad():
-        self.module.value.zero_()
+        self.module.value.copy_(self.top.module.value / 2)
+
+
+def rate_changed(self: Any) -> None:
+    self.optimizer.param_groups[0]["lr"] *= 0.9
+
+
+UNROLLED: dict[str, Any] = {"kind": "IterativeProblem", "below": {"unroll_steps": 2}}
+LOSSES = {"top": top_loss, "low": low_loss}
 
 
 def test_a_start_copied_from_above_is_not_followed() -> None:
-    losses, below = {"top": top_loss, "low": low_loss}, {"unroll_steps": 2}
-    with pytest.raises(ConfigError, match="copies parameters of a problem above.*proximal term"):
-        program(
-            "bilevel.interop.betty",
-            losses,
-            TWO,
-            kind="IterativeProblem",
-            below=below,
-            hooks={"on_inner_loop_start": copied},
-        )
-    # A constant start is one whose derivative is zero.
-    program(
-        "bilevel.interop.betty",
-        losses,
-        TWO,
-        kind="IterativeProblem",
-        below=below,
-        hooks={"on_inner_loop_start": zeroed},
-    )
+    for hook in (copied, copied_data):
+        with pytest.raises(ConfigError, match="copies parameters of a problem above.*proximal term"):
+            program(OURS, LOSSES, TWO, **UNROLLED, hooks={"on_inner_loop_start": hook})
+    with pytest.warns(BilevelWarning, match="where they start from counts as a constant"):
+        program(OURS, LOSSES, TWO, **UNROLLED, hooks={"on_inner_loop_start": halved})
     # A linear system does not ask where the loop began.
+    below = {"unroll_steps": 2}
     bettys, ours = (
-        program(library, losses, TWO, below=below, hooks={"on_inner_loop_start": copied}) for library in ("betty", OURS)
+        program(library, LOSSES, TWO, below=below, hooks={"on_inner_loop_start": copied}) for library in ("betty", OURS)
     )
     torch.testing.assert_close(ours["top"], bettys["top"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        ({"grad_callback": rate_changed}, r"grad_callback\(\) of problem 'low' has changed the optimizer's settings"),
+        ({"epoch_callback": clamp}, r"epoch_callback\(\) of problem 'low' has changed the parameters"),
+        (
+            {"on_inner_loop_start": lambda self: None, "custom_optimizer_step": clamp},
+            r"custom_optimizer_step\(\) makes in a way that is not known",
+        ),
+    ],
+    ids=["rate", "epoch", "step"],
+)
+def test_what_else_changes_a_followed_update_is_refused(hooks: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        program(OURS, LOSSES, TWO, **UNROLLED, hooks=hooks)
+
+
+def test_a_loss_that_trains_nothing_is_refused() -> None:
+    losses = {"top": lambda self: top_loss(self).detach(), "low": low_loss}
+    with pytest.raises(LossError, match="problem 'top' depends on the parameters of no problem"):
+        program(OURS, losses, TWO)
 
 
 def test_roll_back_out_of_step_is_refused() -> None:

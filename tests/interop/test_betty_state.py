@@ -611,8 +611,6 @@ def test_an_iteration_that_fails_is_undone_and_can_be_made_again(moment: tuple[s
 
 # Updates that are followed draw and evaluate the batches of an accumulation at once, at its last step.
 NOT_THERE = [
-    ("inner", "nan", 1),
-    ("inner", "training_step", 7),
     ("inner", "grad_callback", 3),
     ("inner", "epoch_callback", 5),
 ]

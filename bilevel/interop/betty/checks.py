@@ -96,11 +96,6 @@ def check_problems(problems: Sequence[Problem], graph: Declared, config: EngineC
                 f"problem {name!r} overrides {sorted(overrides)[0]}(), which EngineConfig.roll_back=True does not "
                 "call: parameters, buffers and optimizer are rolled back by the engine"
             )
-        if isinstance(problem, IterativeProblem) and graph.parents[name] and settings.precision != "fp32":
-            raise ConfigError(
-                f"Config.precision={settings.precision!r} is not supported for {name!r}, whose updates are "
-                "differentiated one by one. Choices: 'fp32'"
-            )
 
 
 def _checked_problems(problems: object) -> list[Problem]:

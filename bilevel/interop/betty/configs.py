@@ -49,6 +49,10 @@ class _Checked:
         """Returns a copy that can be changed."""
         return dataclasses.replace(self)  # type: ignore[type-var]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Returns a copy that can be changed."""
+        return dataclasses.replace(self)  # type: ignore[type-var]
+
     def __new__(cls, *args: Any, **fields: Any) -> Any:
         """Refuses fields that do not exist."""
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any
 
 from bilevel.callbacks import Callback
 from bilevel.engine import Engine
-from bilevel.errors import BilevelError, CheckpointError, ConfigError
+from bilevel.errors import BilevelError, CheckpointError, ConfigError, LossError
 from bilevel.feed import Feed
 from bilevel.interop.betty.clock import Clock, Turn
 from bilevel.interop.betty.configs import PRECISIONS
@@ -281,6 +281,11 @@ class _Planner(Planner):
     def _read(self, name: str, batch: Any) -> Reading:
         reading = examine(self._levels[name], list(self._levels.values()), self._gradients.slots, batch)
         self._graph.check_reach(name, reading.reach)
+        if not reading.reach:
+            raise LossError(
+                f"the loss of problem {name!r} depends on the parameters of no problem: nothing would be trained. "
+                "Return it without detach() and item(), and not from under torch.no_grad()"
+            )
         return reading
 
 

@@ -116,6 +116,15 @@ class Engine:
             problem._config = problem.config.fixed()
         self._report()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses what the engine counts, or what its configuration says."""
+        if name in ("global_step", "train_iters", "valid_step", "logger_type", "leaves"):
+            raise ConfigError(
+                f"{name} of the engine cannot be set: iterations are counted by train_step(), and everything else is "
+                "said by EngineConfig and the dependencies"
+            )
+        super().__setattr__(name, value)
+
     def run(self, iterations: int | None = None) -> None:
         """Runs ``config.train_iters`` iterations; after :meth:`load` or :meth:`resume`, those that are left of them.
 
@@ -196,7 +205,10 @@ class Engine:
     def global_step(self) -> int:
         """Iterations so far; within one, its number."""
         driver: Driver | None = self.__dict__.get("driver")  # there is none while problems are initialised
-        return 0 if driver is None else max(driver.step_count, driver.present)
+        if driver is None:
+            return 0
+        shown = next((level.shown for level in driver.levels.values() if level.shown is not None), None)
+        return max(driver.step_count, driver.present) if shown is None else shown[1]
 
     @property
     def leaves(self) -> list[Problem]:
@@ -268,7 +280,9 @@ class Engine:
 
     def count(self, name: str) -> int:
         """Returns the number of a problem's steps so far."""
-        return self._clock.counts[name]
+        driver: Driver | None = self.__dict__.get("driver")
+        shown = None if driver is None else driver.levels[name].shown
+        return self._clock.counts[name] if shown is None else shown[0]
 
     def __repr__(self) -> str:
         """Names the problems."""

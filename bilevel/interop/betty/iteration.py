@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.errors import NonFiniteError
 from bilevel.faults import Work
 from bilevel.interop.betty.clock import Clock, Turn
-from bilevel.interop.betty.level import Level
+from bilevel.interop.betty.level import Dated, Level
 from bilevel.optimizer_state import Kept
 from bilevel.problems import Problem
 from bilevel.problems.records import LossGradient
@@ -76,6 +76,7 @@ class Iteration(Step):
         if turn.count % level.accumulate:
             return  # the batches of an update are drawn with its last one
         place, count = self._place_to_record(level, turn, length)
+        self._count = turn.count - level.accumulate
         self._update([turn.name], place, {turn.name: count})
         self.told(turn, self._values)
         for child in self.clock.children(turn.name):
@@ -104,15 +105,18 @@ class Iteration(Step):
             self.levels[problem.name].leave_out(self._values)
 
     def _draw_for_products(self, names: Sequence[str]) -> None:
-        kept = dict(self.starts)
+        kept, count = dict(self.starts), self._count
         super()._draw_for_products(names)
         self.starts.update(kept)  # these batches are not those of an update
+        self._count = count
 
     def _next(self, name: str) -> Any:
         level = self.levels[name]
         batch = self._drawn(level) if level.user.draws_itself else super()._next(name)
         level.begin_epoch(self.feed.stream(name), batch)
         self.first_seen(name, batch)
+        self._count += 1
+        batch = Dated(batch, self._count, self.number + 1)
         if name in self.starts:
             kept = self.starts[name]
             self.starts[name] = LoopStart(

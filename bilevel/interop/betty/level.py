@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel.data import BatchStream
 from bilevel.errors import ConfigError, ParameterError
-from bilevel.hypergrad import Estimator, Unrolled
+from bilevel.hypergrad import Estimator, Unrolled, as_estimator
 from bilevel.interop.betty.clock import Pace
 from bilevel.interop.betty.data import Together, converted, share
 from bilevel.interop.betty.dependencies import Declared
+from bilevel.interop.betty.guard import Guard
 from bilevel.interop.betty.log import flat, is_number
 from bilevel.interop.betty.methods import method_of
 from bilevel.interop.betty.overrides import check_spelling, defined
@@ -23,7 +23,7 @@ from bilevel.interop.betty.problems import Problem as BettyProblem
 from bilevel.problems import Problem
 from bilevel.vector import Tensors, add
 
-__all__ = ["Level", "Pending"]
+__all__ = ["Dated", "Level", "Pending"]
 
 
 INTERNAL = frozenset(
@@ -73,6 +73,21 @@ class Pending:
     count: int
 
 
+@dataclass(frozen=True)
+class Dated:
+    """A batch, with when it was drawn: a loss that is evaluated on it again finds the counts of then.
+
+    Attributes:
+        batch: As it was drawn.
+        count: The problem's steps, this batch's included.
+        iteration: The engine's.
+    """
+
+    batch: Any
+    count: int
+    iteration: int
+
+
 class Level(Problem):
     """Runs a Betty problem: batches as it expects them, its callbacks, its accumulation.
 
@@ -96,6 +111,8 @@ class Level(Problem):
         config = user.config
         method = _method(user) if has_parents else None
         follows = method is not None and method.needs_trajectory
+        self.shown: tuple[int, int] | None = None
+        """The count and the engine's iteration at which a loss is evaluated again; None where that is now."""
         _check(user, method, has_children=has_children)
         _restrict(user)
         self.user = user
@@ -114,6 +131,7 @@ class Level(Problem):
         user._owned = self.parameter_names
         self.carried: dict[str, Any] = {"epochs": (0,)}
         self.rolls_back = False
+        self._guard = Guard(user.name, self.parameters, user.optimizer, method)
         self.said: Mapping[str, Any] = {}
         self._changes = config.gradient_clipping > 0.0 or any(
             user.is_implemented(hook) for hook in ("grad_callback", "custom_optimizer_step")
@@ -126,6 +144,12 @@ class Level(Problem):
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Calls the user's ``training_step`` with a batch as Betty hands it on."""
+        if isinstance(batch, Dated):
+            self.shown, before = (batch.count, batch.iteration), self.shown
+            try:
+                return self.loss(batch.batch)
+            finally:
+                self.shown = before
         user = self.user
         user.cur_batch = self._received(batch)
         result = user.training_step(user.cur_batch)
@@ -138,23 +162,9 @@ class Level(Problem):
 
     def restart(self) -> None:
         """Begins an inner loop."""
-        if not self.user.is_implemented("on_inner_loop_start"):
-            return
-        before = [p._version for p in self.parameters]
-        self.user.on_inner_loop_start()  # type: ignore[attr-defined]
-        method = self.hypergradient
-        if method is None or not method.follows_start:
-            return
-        uppers = [p for upper in self.user.parents for p in upper.parameters()]
-        for own, version in zip(self.parameters, before, strict=True):
-            copied = own._version != version and any(p.shape == own.shape and torch.equal(p, own) for p in uppers)
-            if copied:
-                raise ConfigError(
-                    f"on_inner_loop_start() of problem {self.name!r} copies parameters of a problem above, and the "
-                    f"problem is differentiated by its updates (method {method.name!r}), which would leave the start "
-                    "out: tie the loss to them by a proximal term under another type (implicit MAML), or declare the "
-                    "start as bilevel.Problem(reset=…) in our own terms"
-                )
+        if self.user.is_implemented("on_inner_loop_start"):
+            uppers = (p for upper in self.user.parents for p in upper.parameters())
+            self._guard.start(self.user.on_inner_loop_start, uppers)  # type: ignore[attr-defined]
 
     def begin_epoch(self, stream: BatchStream, batch: Any) -> None:
         """Calls the user's ``epoch_callback``, where the batch drawn last is the first of another epoch."""
@@ -164,7 +174,7 @@ class Level(Problem):
         ended = epochs[0] > self.carried["epochs"][0]
         self.carried["epochs"] = epochs
         if ended and self.user.is_implemented("epoch_callback"):
-            self.user.epoch_callback()  # type: ignore[attr-defined]
+            self._guard.within_loop("epoch_callback", self.user.epoch_callback)  # type: ignore[attr-defined]
         self.user.epoch_counter = list(epochs)
 
     def update(self, gradients: Sequence[Tensor], values: Mapping[str, Any]) -> None:
@@ -185,50 +195,15 @@ class Level(Problem):
         grads = self.stepper.own(share_of_all, changed=self._changes)
         with self.stepper.holding(grads):
             if self.user.is_implemented("grad_callback"):
-                share_of_all = self._after_callback(share_of_all)
+                share_of_all = self._guard.gradients(share_of_all, self.user.grad_callback)  # type: ignore[attr-defined]
             if count == parts and not spoilt:
                 self.user.optimizer_step()
-                self._call_param_callback()
+                if self.user.is_implemented("param_callback"):
+                    self._guard.update("param_callback", self.user.param_callback)  # type: ignore[attr-defined]
                 if type(self.user).zero_grad is not BettyProblem.zero_grad:  # gradients are put back anyway
                     self.user.zero_grad()
                 self.num_updates += 1
         self._end(None if spoilt else share_of_all, count, parts, values)
-
-    def _after_callback(self, gradients: Tensors) -> Tensors:
-        """Lets the user change the gradients, and returns what they are then.
-
-        Raises:
-            ConfigError: They have changed, and the method differentiates an update that is made with the ones taken.
-        """
-        self.user.grad_callback()  # type: ignore[attr-defined]
-        after = tuple(torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters)
-        method = self.hypergradient
-        if method is not None and method.needs_trajectory and not all(map(torch.equal, gradients, after)):
-            raise ConfigError(
-                f"grad_callback() of problem {self.name!r} has changed the gradients, and the problem is "
-                f"differentiated by its updates (method {method.name!r}), "
-                "which does not see that: use another type, or only look"
-            )
-        return after
-
-    def _call_param_callback(self) -> None:
-        """Lets the user change the parameters.
-
-        Raises:
-            ConfigError: They have changed, and the method differentiates the update alone.
-        """
-        if not self.user.is_implemented("param_callback"):
-            return
-        method = self.hypergradient
-        follows = method is not None and method.needs_trajectory
-        before = tuple(p.detach().clone() for p in self.parameters) if follows else ()
-        self.user.param_callback()  # type: ignore[attr-defined]
-        if method is not None and not all(map(torch.equal, before, self.parameters[: len(before)])):
-            raise ConfigError(
-                f"param_callback() of problem {self.name!r} has changed the parameters, and the problem is "
-                f"differentiated by its updates (method {method.name!r}), which does not see that: use another type, "
-                "or only look"
-            )
 
     def leave_out(self, values: Mapping[str, Any]) -> None:
         """Counts a batch whose gradients overflowed: the update that it belongs to is left out."""
@@ -305,8 +280,9 @@ def _method(user: BettyProblem) -> Estimator:
     if not isinstance(user, IterativeProblem):
         return method_of(user.config)
     kind = user.config.type
-    if isinstance(kind, Estimator) and kind.needs_trajectory:
-        return kind
+    if not isinstance(kind, str):
+        method = as_estimator(kind)
+        return method if method.needs_trajectory else Unrolled()
     return Unrolled()
 
 
@@ -327,8 +303,14 @@ def _check(user: BettyProblem, method: Estimator | None, *, has_children: bool) 
     if method is None or not method.needs_trajectory:
         return
     how = f"problem {name!r} is differentiated by its updates (method {method.name!r})"
-    for own in sorted({"custom_optimizer_step", "optimizer_step", "clip_grad"} & defined(type(user))):
+    mine = defined(type(user)) | set(vars(user))
+    for own in sorted({"custom_optimizer_step", "optimizer_step", "clip_grad"} & mine):
         raise ConfigError(f"{how}, which {own}() makes in a way that is not known: use another type")
+    if method.recorded_steps != 1 and config.precision != "fp32":
+        raise ConfigError(
+            f"Config.precision={config.precision!r} is not supported for {name!r}, whose updates are differentiated "
+            "one by one. Choices: 'fp32'"
+        )
     if has_children and config.gradient_accumulation > 1:
         raise ConfigError(
             f"{how} and has problems below it, which move between the batches of Config.gradient_accumulation="

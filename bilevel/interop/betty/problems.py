@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import keyword
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -129,7 +129,7 @@ class Problem:
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses another module, optimizer, scheduler or loader, once an engine drives those that there were."""
         if name in _SETTINGS:
-            raise ConfigError(f"{name} of problem {self._name!r} is set by Config.{_SETTINGS[name]}")
+            raise ConfigError(f"{name} of problem {self.__dict__.get('_name')!r} is set by Config.{_SETTINGS[name]}")
         if name in _FIXED and self.__dict__.get("_owned") is not None and value is not getattr(self, name):
             raise ConfigError(
                 f"{name} of problem {self._name!r} cannot be replaced: it is fixed when the engine is made. Change it "
@@ -170,6 +170,8 @@ class Problem:
                 f"the engine draws the batches of problem {self._name!r}: to draw them yourself override "
                 "get_batch(), or iterate over the loader itself"
             )
+        if not 0 <= idx < len(self.train_data_iterator):
+            raise ConfigError(f"problem {self._name!r} has {len(self._loaders)} loaders: there is no number {idx}")
         try:
             batch = next(self.train_data_iterator[idx])
         except StopIteration:
@@ -441,6 +443,8 @@ class Problem:
         self._loaders = given if isinstance(given, tuple) else () if given is None else (given,)
         if given is None:
             return
+        if not self._loaders:
+            raise ConfigError(f"train_data_loader of problem {self._name!r} is an empty tuple: it holds no loader")
         self.epoch_counter = [0] * len(self._loaders)
         # As in Betty, a list of loaders from here on.
         self.train_data_loader = self._listed = list(self._loaders)
@@ -476,6 +480,7 @@ class Problem:
                 "before: define configure_scheduler(), which is called after it"
             )
         groups = self.param_groups()  # type: ignore[attr-defined]
+        groups = list(groups) if isinstance(groups, Iterator) else groups
         kinds = {dict if isinstance(part, dict) else type(part) for part in groups} if _listed(groups) else {object}
         if not kinds <= {dict} and not all(issubclass(kind, Tensor) for kind in kinds):
             raise ConfigError(
