@@ -369,6 +369,19 @@ class EstimatorContract(ABC):
         self._close(found.grad, expected.grad)
         assert 0 < int((mask == 0).sum()) < 6
 
+    def test_the_inner_loss_always_sees_parameters_that_require_gradients(self) -> None:
+        # A loss with "if p.requires_grad", or with a derivative of its own (a gradient penalty), is evaluated as it is.
+        sample = _six_by_six()
+        inner_loss, outer_loss = sample.losses()
+
+        def asking(w: Tensor, lam: Tensor) -> Tensor:
+            assert w.requires_grad
+            (slope,) = torch.autograd.grad(w.square().sum() / 2, w, create_graph=True)
+            return inner_loss(slope, lam)
+
+        found = hypergradient(asking, outer_loss, sample.inner, sample.outer, self.default)
+        self._close(found.grad, hypergradient(inner_loss, outer_loss, sample.inner, sample.outer, self.default).grad)
+
     def test_generators_advance_by_one_evaluation_of_each_loss(self) -> None:
         sample = _six_by_six()
         inner_loss, outer_loss = sample.losses()
