@@ -54,7 +54,7 @@ class Engine:
     problem, the problems below it take their ``steps`` updates.
 
     Args:
-        problems: Top level first. Who depends on whom is found by evaluating each loss once; see :attr:`dependencies`.
+        problems: Top level first. Who depends on whom is found by evaluating each loss; see :attr:`dependencies`.
         config: Settings.
         hypergradient: How to differentiate through inner problems that do not say so themselves: an estimator, its
             name, or a mapping with ``method`` and its fields.

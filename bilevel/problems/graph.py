@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import random
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bilevel.double_backward import refuse_obstacles, second_derivative_errors
-from bilevel.errors import GraphError, LossError, ParameterError
+from bilevel.errors import BilevelWarning, GraphError, LossError, ParameterError
 from bilevel.functional import ParameterSlots, leaves
 from bilevel.problems.base import Problem
+from bilevel.randomness import generator_devices, preserved
 
 __all__ = ["Dependencies", "Reading", "check_ownership", "dependencies_of", "discover", "examine"]
 
@@ -164,8 +169,44 @@ def examine(problem: Problem, problems: Sequence[Problem], slots: ParameterSlots
         slots: Where the modules hold their parameters.
         batch: What to evaluate it on.
 
-    Cost: 1 forward and 1 backward pass.
+    Warns:
+        BilevelWarning: It has another value there than at the parameters themselves.
+
+    Cost: 2 forward passes and 1 backward pass.
     """
+    with _generators_kept(p for other in problems for p in other.parameters):
+        reading, value = _read_at_copies(problem, problems, slots, batch)
+    kept = _generators_kept(p for other in problems for p in other.parameters)
+    with kept, slots.buffers_protected(), torch.enable_grad():
+        here = problem.evaluate_loss(batch)[0].detach()
+    tolerance = min(1e3 * torch.finfo(here.dtype).eps, 0.05)
+    if not torch.allclose(here, value.to(here.dtype), rtol=tolerance, atol=tolerance**2, equal_nan=True):
+        warnings.warn(
+            f"the loss of problem {problem.name!r} is {float(value):.6g} at copies of the parameters and "
+            f"{float(here):.6g} at the parameters themselves: it asks them for more than their values (their class, "
+            "identity, or an attribute of their own), which hypergradients at other values leave out; or it keeps a "
+            "state of its own. Select parameters by their names or modules",
+            BilevelWarning,
+            stacklevel=2,
+        )
+    return reading
+
+
+@contextmanager
+def _generators_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Leaves torch's, NumPy's and Python's generators as they were."""
+    numpys, pythons = np.random.get_state(), random.getstate()
+    with preserved(generator_devices(parameters)):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)
+            random.setstate(pythons)
+
+
+def _read_at_copies(
+    problem: Problem, problems: Sequence[Problem], slots: ParameterSlots, batch: Any
+) -> tuple[Reading, Tensor]:
     live = tuple(p for other in problems for p in other.parameters)
     owner = [other.name for other in problems for _ in other.parameters]
     copies = leaves(live)
@@ -181,7 +222,7 @@ def examine(problem: Problem, problems: Sequence[Problem], slots: ParameterSlots
             found = torch.autograd.grad(loss, copies + live, allow_unused=True)
     swapped = {name for name, grad in zip(owner, found[: len(live)], strict=True) if grad is not None}
     direct = {name for name, grad in zip(owner, found[len(live) :], strict=True) if grad is not None}
-    return Reading(frozenset(swapped | direct), frozenset(direct), error)
+    return Reading(frozenset(swapped | direct), frozenset(direct), error), loss.detach()
 
 
 def dependencies_of(

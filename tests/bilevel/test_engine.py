@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -154,6 +156,56 @@ def test_unrolled_differentiates_the_optimizers_own_updates(optimizer):
     engine.step({"classifier": iter((batches * 2)[2:5]), "decay": batches[0]})
     found = engine.hypergradient(batches={"decay": batches[0]}).grad["0"]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("asks", ["class", "attribute", "identity", "requires_grad"])
+def test_a_loss_that_asks_a_parameter_for_more_than_its_values_is_told(asks):
+    class Inner(Problem):
+        def loss(self, batch):
+            p = self.module.weight
+            counts = {
+                "class": lambda: isinstance(p, nn.Parameter),
+                "attribute": lambda: getattr(p, "decays", False),
+                "identity": lambda: any(p is q for group in self.optimizer.param_groups for q in group["params"]),
+                "requires_grad": lambda: p.requires_grad,
+            }[asks]()
+            return (p - 1.0).square().sum() + self.outer.module.weight.exp().sum() * p.square().sum() * counts
+
+    class Outer(Problem):
+        def loss(self, batch):
+            return (self.inner.module.weight - 0.5 * self.module.weight).square().sum()
+
+    def make():
+        modules = [nn.Linear(1, 1, bias=False).double() for _ in range(2)]
+        modules[1].weight.decays = True
+        with torch.no_grad():
+            modules[1].weight.fill_(0.7)
+        problems = [kind(m, optimizer=sgd(0.1), data=[0]) for kind, m in zip((Outer, Inner), modules, strict=True)]
+        return Engine(problems, QUIET, hypergradient="finite_difference")
+
+    if asks == "requires_grad":  # copies have that too
+        hypergradient = make().hypergradient()
+        assert not torch.equal(hypergradient.grad["weight"], hypergradient.direct["weight"])
+        return
+    with pytest.raises(BilevelWarning, match="loss of problem 'inner' is .* at copies of the parameters and .* at the"):
+        make()
+
+
+def test_random_numbers_of_a_loss_are_no_difference_and_none_are_used_up():
+    class Noisy(Problem):
+        def loss(self, batch):
+            noise = float(np.random.rand()) + random.random() + torch.rand(())
+            return (self.module.weight - self.decay.module[0]).square().sum() * noise
+
+    before = np.random.get_state()[1].copy(), random.getstate(), torch.get_rng_state()
+    batches = [(torch.ones(2, 4), torch.zeros(2).long())]
+    decay = Decay(nn.ParameterList([torch.tensor(0.0)]), optimizer=sgd(0.1), data=batches)
+    noisy = Noisy(nn.Linear(4, 3), optimizer=sgd(0.1), name="classifier")
+    torch.set_rng_state(before[2])
+    Engine([decay, noisy], QUIET)
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert random.getstate() == before[1]
+    assert np.array_equal(np.random.get_state()[1], before[0])
 
 
 def test_dependencies_are_discovered_and_reported():

@@ -260,6 +260,18 @@ def test_a_loss_that_trains_nothing_is_refused() -> None:
         program(OURS, losses, TWO)
 
 
+def test_the_optimizers_settings_of_a_parameter_are_found_in_a_loss() -> None:
+    def mine(self: Any) -> Tensor:
+        group = self.get_opt_param_group_for_param(self.module.value)
+        assert "momentum_buffer" not in self.get_opt_state_for_param(self.module.value)
+        return low_loss(self) + group["lr"] * (self.module.value.square() * self.top.module.value).sum()
+
+    bettys, ours = (
+        program(library, {"top": top_loss, "low": mine}, TWO, below={"type": "darts"}) for library in ("betty", OURS)
+    )
+    torch.testing.assert_close(ours["top"], bettys["top"], rtol=1e-9, atol=0)
+
+
 def test_roll_back_out_of_step_is_refused() -> None:
     losses = {
         "top": lambda self: (self.low.module.value + self.other.module.value - 3.0).square().sum(),

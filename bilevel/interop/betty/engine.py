@@ -317,7 +317,7 @@ class Engine:
     def _let_go(self) -> None:
         """Leaves the problems free for another engine, where this one could not be made."""
         for problem in self.problems:
-            problem._engine = problem._owned = None
+            problem._engine = problem._owned = problem._live = None
             for owner in self._owners(problem):
                 vars(owner).pop(problem.name, None)
 

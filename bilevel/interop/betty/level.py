@@ -128,7 +128,7 @@ class Level(Problem):
             max_grad_norm=config.gradient_clipping if follows and config.gradient_clipping > 0.0 else None,
             accumulate=config.gradient_accumulation if follows else 1,
         )
-        user._owned = self.parameter_names
+        user._owned, user._live = self.parameter_names, dict(user.module.named_parameters())
         self.carried: dict[str, Any] = {"epochs": (0,)}
         self.rolls_back = False
         self._guard = Guard(user.name, self.parameters, user.optimizer, method)

@@ -110,6 +110,7 @@ class Problem:
         self._config = _checked_config(name, config)
         self._engine: Host | None = None
         self._owned: tuple[str, ...] | None = None
+        self._live: dict[str, Tensor] | None = None
         self._loaders: tuple[Iterable[Any], ...] = ()
         self._listed: list[Iterable[Any]] | None = None
         self._cached: Any = None
@@ -233,11 +234,12 @@ class Problem:
     def get_opt_param_group_for_param(self, param: Tensor) -> dict[str, Any] | None:
         """Returns the optimiser's group that holds a parameter."""
         groups: list[dict[str, Any]] = self._optimizer().param_groups
-        return next((group for group in groups if any(p is param for p in group["params"])), None)
+        own = self._held(param)
+        return next((group for group in groups if any(p is own for p in group["params"])), None)
 
     def get_opt_state_for_param(self, param: Tensor) -> dict[str, Any]:
         """Returns the optimiser's state of a parameter."""
-        state: dict[str, Any] = self._optimizer().state[param]
+        state: dict[str, Any] = self._optimizer().state[self._held(param)]
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -455,6 +457,11 @@ class Problem:
             if isinstance(loader, DataLoader) and loader.generator is None:
                 # What Betty's iterator over it draws here: the modules made next get the same weights from a seed.
                 torch.empty((), dtype=torch.int64).random_()
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """Returns the parameter in whose place the module holds a tensor: in a hypergradient it is another one."""
+        name = next((name for name, p in self._module().named_parameters() if p is tensor), None)
+        return tensor if self._live is None or name is None else self._live.get(name, tensor)
 
     def _module(self) -> nn.Module:
         if not isinstance(self.module, nn.Module):
