@@ -54,6 +54,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     try:
         results = {method: train(method, rank, 2) for method in METHODS}
         torch.save(results, os.path.join(folder, f"{rank}.pt"))
+        dist.barrier()  # gloo's threads do not like a peer that has gone
     finally:
         dist.destroy_process_group()
 
