@@ -335,7 +335,7 @@ def build(root: str, program: Program) -> tuple[Any, list[Entry]]:
             train_iters=program.iterations,
             valid_step=program.valid_step,
             roll_back=program.roll_back,
-            strategy="default",
+            strategy="cpu",
         ),
         dependencies={
             kind: {problems[name]: [problems[other] for other in others] for name, others in edges.items()}
@@ -477,7 +477,9 @@ def pair(
     outer = Top("top", names.Config(**(above or {})), top, gradient_descent, train_data_loader=list(batches))
     base = type("Validated", (names.Engine,), {} if validation is None else {"validation": validation})
     made = base(
-        [outer, inner], names.EngineConfig(**(engine or {})), {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
+        [outer, inner],
+        names.EngineConfig(**{"strategy": "cpu", **(engine or {})}),
+        {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}},
     )
     return made, seen
 

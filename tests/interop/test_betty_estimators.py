@@ -208,7 +208,7 @@ def test_a_run_is_the_run_that_betty_s_own_engine_makes(method: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engines.Engine(
-            config=configs.EngineConfig(train_iters=steps),
+            config=configs.EngineConfig(train_iters=steps, strategy="cpu"),
             problems=[above, below],
             dependencies={"u2l": {above: [below]}, "l2u": {below: [above]}},
         ).run()

@@ -103,7 +103,7 @@ class Program:
             kind: {problems[key]: [problems[value] for value in values] for key, values in several.items()}
             for kind, several in edges.items()
         }
-        config = EngineConfig(**{"train_iters": 13, "valid_step": 4, **self.engine})
+        config = EngineConfig(**{"train_iters": 13, "valid_step": 4, "strategy": "cpu", **self.engine})
         settings = bilevel.EngineConfig(progress=False, **self.settings)
         torch.manual_seed(12)
         return Runs(list(problems.values()), config, dependencies, settings=settings, callbacks=callbacks)
