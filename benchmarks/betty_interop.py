@@ -95,7 +95,7 @@ def program(library: str, case: Case) -> Program:
     classifier = nn.Sequential(*layers, nn.Linear(case.width, CLASSES))
     decay = nn.ParameterList([torch.tensor(-6.0) for _ in classifier.parameters()])
     train, valid = case.data()
-    outer = Outer("outer", configs.Config(), decay, torch.optim.Adam(decay.parameters(), lr=0.01), None, [valid])
+    outer = Outer("outer", configs.Config(), decay, torch.optim.Adam(decay.parameters(), lr=0.0005), None, [valid])
     inner = Inner(
         "inner",
         configs.Config(unroll_steps=case.unroll, **METHODS[case.method]),
