@@ -409,7 +409,7 @@ def three(root: str, losses: dict[str, Callable[..., Tensor]], u2l: Any, l2u: An
         key: {problems[name]: [problems[other] for other in others] for name, others in several.items()}
         for key, several in (("u2l", u2l), ("l2u", l2u))
     }
-    engine = names.Engine(list(problems.values()), names.EngineConfig(train_iters=400), edges)
+    engine = names.Engine(list(problems.values()), names.EngineConfig(train_iters=400, strategy="cpu"), edges)
     engine.run()
     return found[0], problems["middle"].module.value.detach()
 
@@ -488,7 +488,7 @@ def test_a_missing_dependency() -> None:
             type(problem)(name, names.Config(), module, torch.optim.SGD(module.parameters(), lr=0.1), None, [(0,)])
             for problem, name, module in ((top, "top", Vector(OUTER)), (low, "low", Vector(START)))
         ]
-        names.Engine(parts, names.EngineConfig(), {"u2l": {}, "l2u": {parts[1]: [parts[0]]}})
+        names.Engine(parts, names.EngineConfig(strategy="cpu"), {"u2l": {}, "l2u": {parts[1]: [parts[0]]}})
         raise AssertionError
 
     assert torch.equal(run(BETTY), torch.tensor(OUTER))  # three steps of top, and nothing moves
