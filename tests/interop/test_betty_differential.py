@@ -6,7 +6,7 @@ import importlib
 import io
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
@@ -35,19 +35,13 @@ from tests.interop.betty_programs import (
 pytest.importorskip("betty.problems")  # imports what warns
 
 # Schedulers count batches, so that with accumulation they move before the first update.
-pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+pytestmark = [
+    pytest.mark.usefixtures("double"),
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step"),
+]
 
 DIFFERENCES, DERIVATIVES = 1e-9, 1e-11
 """Relative errors: of programs that take differences of gradients, and of all others."""
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng():
-        yield
-    torch.set_default_dtype(before)
 
 
 def happened(root: str, program: Program) -> list[Entry]:

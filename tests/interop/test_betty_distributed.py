@@ -138,6 +138,21 @@ def stopped(rank: int) -> dict[str, Any]:
     }
 
 
+def broken(rank: int) -> dict[str, Any]:
+    """A validation that fails on the first process, where alone it runs, leaves no other one waiting."""
+
+    class Breaks(Engine):
+        def validation(self) -> None:
+            raise OSError("a full disk")
+
+    engine = make("darts", "distributed", engine=Breaks, valid_step=2)
+    try:
+        engine.run()
+    except (OSError, BilevelError) as error:
+        return {"broken": f"{type(error).__name__}: {error}", "broken at": engine.global_step}
+    return {"broken": ""}
+
+
 def shuffled(rank: int) -> dict[str, Any]:
     data = TensorDataset(torch.arange(36.0).double().reshape(12, 3), torch.zeros(12, 1).double())
     engine = make("cg", "distributed", data=DataLoader(data, batch_size=2, shuffle=True), train_iters=3)
@@ -186,6 +201,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         found = {
             **trained(rank),
             **stopped(rank),
+            **broken(rank),
             **shuffled(rank),
             **resumed(rank, folder),
             **refused(rank),
@@ -287,3 +303,9 @@ def test_data_without_shares_are_refused_by_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("bilevel.distributed.size", lambda: 2)
     with pytest.raises(BilevelError, match="use a DataLoader with batches over a data set with indices, or get_batch"):
         make("cg", "cpu", data=iter(batches(4, 1, 1)))
+
+
+def test_a_validation_that_fails_is_told_on_all_ranks(results: Results) -> None:
+    assert results[0]["broken"] == "OSError: a full disk"
+    assert results[1]["broken"].startswith("DataError: validation() failed on the first process")
+    assert results[0]["broken at"] == results[1]["broken at"] == 2

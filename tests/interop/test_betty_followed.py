@@ -14,15 +14,10 @@ from bilevel.errors import BilevelWarning, ConfigError, LossError
 
 ITERATIONS = 12
 OURS = "bilevel.interop.betty"
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # betty-ml's imports
-
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = [
+    pytest.mark.usefixtures("double"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # betty-ml's imports
+]
 
 
 class Value(nn.Module):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from bilevel import distributed
 from bilevel.callbacks import Callback
-from bilevel.errors import ConfigError
+from bilevel.errors import ConfigError, DataError
 from bilevel.interop.betty.checks import check_arguments, check_problems
 from bilevel.interop.betty.clock import Clock, Pace, Turn
 from bilevel.interop.betty.configs import EngineConfig
@@ -355,24 +355,42 @@ class Engine:
             problem.log({"loss": values["loss"], **self.driver.levels[turn.name].said}, self.global_step)
 
     def _validate(self) -> Mapping[str, Any]:
-        """Returns what the user's ``validation`` says, the same on all processes, and stops where it says so."""
-        stats: Mapping[str, Any] = {}
-        if self.do_validation():
-            self.eval()
-            try:
-                stats = _checked_stats(self.validation())  # type: ignore[attr-defined]
-            finally:
-                self.train()
-            self.logger.info(f"[Validation] [Global Step {self.global_step}] {line(stats)}")
-            self.logger.log(stats, tag="validation", step=self.global_step)
-        if distributed.size() > 1:
-            said = [flat(stats)]
-            dist.broadcast_object_list(said, 0)
-            stats = said[0]
+        """Returns what the user's ``validation`` says, the same on all processes, and stops where it says so.
+
+        Raises:
+            DataError: It failed on the first process; on the others. What it raised there is raised there.
+        """
+        stats: Mapping[str, Any] | None = {}
+        try:
+            if self.do_validation():
+                stats = None
+                stats = self._validated()
+        finally:  # the others wait, also where it failed
+            stats = self._shared(stats)
         if self.config.early_stopping and self.early_stopping(stats):
             self.logger.info("Early stopping is executed!")
             self.driver.stop("early stopping")
         return stats
+
+    def _validated(self) -> Mapping[str, Any]:
+        self.eval()
+        try:
+            stats = _checked_stats(self.validation())  # type: ignore[attr-defined]
+        finally:
+            self.train()
+        self.logger.info(f"[Validation] [Global Step {self.global_step}] {line(stats)}")
+        self.logger.log(stats, tag="validation", step=self.global_step)
+        return stats
+
+    def _shared(self, stats: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Returns the first process's numbers; None stands for a validation that failed."""
+        if distributed.size() == 1:
+            return stats or {}
+        said = [None if stats is None else flat(stats)]
+        dist.broadcast_object_list(said, 0)
+        if said[0] is None and not self.is_rank_zero():
+            raise DataError("validation() failed on the first process: what it raised is said there")
+        return said[0] or {}
 
     def _report(self) -> None:
         for problem in self.problems:
