@@ -292,3 +292,31 @@ def test_a_loss_that_is_not_finite_is_told_without_advice_that_is_refused() -> N
     with pytest.raises(ArithmeticError, match=r"problem 'low' is (inf|nan)") as caught:
         program(OURS, losses, TWO)
     assert "skip" not in str(caught.value)
+
+
+def test_betty_s_functions_are_refused_where_they_cannot_serve_when_the_engine_is_made() -> None:
+    from bilevel.interop.betty import Config, Engine, EngineConfig, ImplicitProblem
+
+    def made(kind: str, optimizer: Any, *, nested: bool) -> Engine:
+        names = ["top", "middle", "low"] if nested else ["top", "low"]
+        parts = []
+        for name in names:
+            others = [other for other in names if other != name]
+            step = {
+                "training_step": lambda self, batch, others=others: sum(
+                    (self.module.value - getattr(self, other).module.value).square().sum() for other in others
+                )
+            }
+            module = Value(1.0, 2.0)
+            config = Config(type=kind) if name == names[1] else Config(type="neumann")
+            made_of = optimizer(module.parameters(), lr=0.1)
+            parts.append(type(name.title(), (ImplicitProblem,), step)(name, config, module, made_of, None, [(0,)]))
+        u2l = {upper: parts[place + 1 :] for place, upper in enumerate(parts[:-1])}
+        l2u = {lower: parts[:place] for place, lower in enumerate(parts) if place}
+        return Engine(parts, EngineConfig(strategy="cpu"), {"u2l": u2l, "l2u": l2u})
+
+    with pytest.raises(ConfigError, match="'betty:sama': Betty's function has nothing for RMSprop"):
+        made("betty:sama", torch.optim.RMSprop, nested=False)
+    with pytest.raises(ConfigError, match="'betty:darts' is for inner problems with none below them: problem 'middle'"):
+        made("betty:darts", torch.optim.SGD, nested=True)
+    made("betty:darts", torch.optim.RMSprop, nested=False)

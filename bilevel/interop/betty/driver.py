@@ -12,9 +12,11 @@ from bilevel.callbacks import Callback
 from bilevel.engine import Engine
 from bilevel.errors import BilevelError, CheckpointError, ConfigError, LossError
 from bilevel.feed import Feed
+from bilevel.hypergrad import Estimator
 from bilevel.interop.betty.clock import Clock, Turn
 from bilevel.interop.betty.configs import PRECISIONS
 from bilevel.interop.betty.dependencies import Declared
+from bilevel.interop.betty.estimators import BettyMethod
 from bilevel.interop.betty.iteration import Iteration, LoopStart
 from bilevel.interop.betty.level import Level, Pending
 from bilevel.interop.betty.log import flat, is_number
@@ -251,6 +253,13 @@ class _Planner(Planner):
         method = differentiator.estimators.get(name)
         if reading.error is not None and method is not None and method.needs_double_backward:
             raise reading.error
+
+    def _check_methods(self, methods: Mapping[str, Estimator], dependencies: Dependencies) -> None:
+        super()._check_methods(methods, dependencies)
+        for name, method in methods.items():
+            if isinstance(method, BettyMethod):
+                below, kind = bool(dependencies.lower[name]), type(self._levels[name].optimizer).__name__
+                method.check_place(f"problem {name!r}", below=below, optimizer=kind)
 
     def _dependencies(self, feed: Feed) -> Dependencies:
         # As declared, also where a loss uses less: it may do so later (weights after a warm-up, say).

@@ -77,12 +77,25 @@ class BettyMethod(Estimator):
 
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`. Nothing is computed until the pullback."""
-        if isinstance(problem.objective, NestedObjective):
-            raise ConfigError(
-                f"method {self.name!r} is for inner problems with none below them: {problem.objective.name} has some, "
-                f"whose response to it Betty leaves out. Use {self.right!r}."
-            )
+        self.check_place(problem.objective.name, below=isinstance(problem.objective, NestedObjective))
         return _BettyResponse(self, problem)
+
+    def check_place(self, problem: str, *, below: bool, optimizer: str = "") -> None:
+        """Raises where Betty's function cannot serve a problem.
+
+        Args:
+            problem: What to call it.
+            below: Whether problems below it respond to it.
+            optimizer: The class of its optimiser, where it has one.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        if below:
+            raise ConfigError(
+                f"method {self.name!r} is for inner problems with none below them: {problem} has some, whose response "
+                f"to it Betty leaves out. Use {self.right!r}."
+            )
 
     @abstractmethod
     def _check(self) -> None:
@@ -291,9 +304,14 @@ class BettySAMA(_Difference):
                 "take a step first"
             )
         kind = type(_rules(problem.trajectory[-1])[0]).__name__
-        if "rmsprop" in kind.lower():
-            raise ConfigError(f"method 'betty:sama': Betty's function has nothing for {kind}. Use 'sama'.")
+        self.check_place(problem.objective.name, below=False, optimizer=kind)
         return super().respond(problem)
+
+    def check_place(self, problem: str, *, below: bool, optimizer: str = "") -> None:
+        """See :meth:`BettyMethod.check_place`."""
+        super().check_place(problem, below=below)
+        if "rmsprop" in optimizer.lower():
+            raise ConfigError(f"method 'betty:sama': Betty's function has nothing for {optimizer}. Use 'sama'.")
 
     def optimizer(self, problem: InnerProblem, point: Tensors) -> dict[str, Any]:
         """See :meth:`BettyMethod.optimizer`: the state after the recorded update."""
