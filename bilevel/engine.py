@@ -27,16 +27,17 @@ from bilevel.feed import Feed
 from bilevel.functional import ParameterSlots, PassCount, buffers_protected
 from bilevel.hypergrad import Estimator, Exact, State, as_estimator
 from bilevel.interrupt import Shield, StopSignals
+from bilevel.levels import Dependencies
+from bilevel.levels.differentiate import Differentiator
+from bilevel.levels.gradients import Gradients
+from bilevel.levels.graph import check_ownership
+from bilevel.levels.losses import NestedLosses, nested_losses
+from bilevel.levels.records import InnerRecord, LossGradient
 from bilevel.loss_scale import LossScale
 from bilevel.notices import Notices
 from bilevel.planning import Planner
 from bilevel.policy import SolvePolicy
-from bilevel.problems import Dependencies, Problem
-from bilevel.problems.differentiate import Differentiator
-from bilevel.problems.gradients import Gradients
-from bilevel.problems.graph import check_ownership
-from bilevel.problems.losses import NestedLosses, nested_losses
-from bilevel.problems.records import InnerRecord, LossGradient
+from bilevel.problems import Problem
 from bilevel.randomness import preserved
 from bilevel.result import Hypergradient, StepResult
 from bilevel.settings import EngineConfig

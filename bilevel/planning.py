@@ -8,11 +8,12 @@ from dataclasses import replace
 from bilevel.errors import BilevelError
 from bilevel.feed import Feed
 from bilevel.hypergrad import Estimator
-from bilevel.problems import Dependencies, Problem, discover
-from bilevel.problems.differentiate import Differentiator, Policy
-from bilevel.problems.gradients import Gradients
-from bilevel.problems.method_check import check_levels, check_method, check_structure
-from bilevel.problems.schedule import Round, schedule
+from bilevel.levels import Dependencies, discover
+from bilevel.levels.differentiate import Differentiator, Policy
+from bilevel.levels.gradients import Gradients
+from bilevel.levels.method_check import check_levels, check_method, check_structure
+from bilevel.levels.schedule import Round, schedule
+from bilevel.problems import Problem
 from bilevel.randomness import preserved
 from bilevel.settings import EngineConfig
 

@@ -13,12 +13,12 @@ from bilevel.errors import NonFiniteError
 from bilevel.faults import Work
 from bilevel.feed import Feed
 from bilevel.hypergrad import State
+from bilevel.levels.differentiate import Differentiator
+from bilevel.levels.recording import Recorder
+from bilevel.levels.records import InnerRecord, LossGradient, RecordedUpdate
+from bilevel.levels.schedule import Round
 from bilevel.loss_scale import LossScale
 from bilevel.problems import Problem
-from bilevel.problems.differentiate import Differentiator
-from bilevel.problems.recording import Recorder
-from bilevel.problems.records import InnerRecord, LossGradient, RecordedUpdate
-from bilevel.problems.schedule import Round
 from bilevel.randomness import Replay, capture
 from bilevel.result import SolveInfo
 from bilevel.settings import EngineConfig

@@ -23,6 +23,7 @@ LAYERS = (
     ("hypergrad",),
     ("implicit_function", "single_loop"),
     ("argmin", "callbacks", "problems", "schema", "settings"),
+    ("levels",),
     ("config", "notices", "planning", "policy", "snapshot", "step"),
     ("engine",),
     ("recipe",),

@@ -30,7 +30,7 @@ from bilevel.errors import BilevelError, ConfigError
 from bilevel.functional import Objective, PassCount
 from bilevel.hypergrad import Estimator, InnerProblem
 from bilevel.hypergrad.function import Loss, function_objective, outer_gradients, variables
-from bilevel.problems.losses import NestedLosses
+from bilevel.levels.losses import NestedLosses
 from bilevel.randomness import Replay, capture, generator_devices, preserved
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors, add, norm, subtract

@@ -6,7 +6,7 @@ tensors. Hyper-parameters are those that the user's optimiser had at that step, 
 
 from bilevel.optim.base import Rule, Update
 from bilevel.optim.curvature import curvature_of
-from bilevel.optim.update import OPTIMIZERS, clipped, default_update, learning_rates, update_of
+from bilevel.optim.update import OPTIMIZERS, clipped, default_update, learning_rates, projected, update_of
 
 __all__ = [
     "OPTIMIZERS",
@@ -16,5 +16,6 @@ __all__ = [
     "curvature_of",
     "default_update",
     "learning_rates",
+    "projected",
     "update_of",
 ]

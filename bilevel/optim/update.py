@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from bilevel.optim.rmsprop import Adadelta, Adagrad, RMSprop
 from bilevel.optim.sgd import SGD
 from bilevel.vector import Tensors
 
-__all__ = ["OPTIMIZERS", "clipped", "default_update", "learning_rates", "update_of"]
+__all__ = ["OPTIMIZERS", "clipped", "default_update", "learning_rates", "projected", "update_of"]
 
 _RULES: Mapping[type[Optimizer], type[Rule]] = {
     torch.optim.SGD: SGD,
@@ -68,6 +68,16 @@ class _Clipped:
         return self.update(params, tuple(grad * factor for grad in grads), memory)
 
 
+@dataclass(frozen=True)
+class _Projected:
+    update: Update
+    project: Callable[[Tensors], Tensors]
+
+    def __call__(self, params: Tensors, grads: Tensors, memory: Tensors) -> tuple[Tensors, Tensors]:
+        new_params, new_memory = self.update(params, grads, memory)
+        return tuple(self.project(new_params)), new_memory
+
+
 def update_of(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[Update, Tensors]:
     """Returns the next update of a torch optimiser as a differentiable function, and a copy of its memory.
 
@@ -109,6 +119,11 @@ def clipped(update: Update, max_norm: float) -> Update:
     Differentiable where the norm is not ``c``.
     """
     return _Clipped(update, max_norm)
+
+
+def projected(update: Update, project: Callable[[Tensors], Tensors]) -> Update:
+    """Returns an update that ends with a projection: ``(P(w'), m')`` with ``(w', m') = U(w, g, m)``."""
+    return _Projected(update, project)
 
 
 def default_update(name: str, learning_rate: float, made: int, params: Tensors) -> tuple[Update, Tensors]:

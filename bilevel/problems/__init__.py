@@ -1,6 +1,6 @@
-"""Problems: the levels of a nested structure, and who depends on whom."""
+"""Problems: the levels of a nested structure, as users declare them, and ready-made ones, one family a file."""
 
 from bilevel.problems.base import Problem
-from bilevel.problems.graph import Dependencies, discover
+from bilevel.problems.supervised import Training, Validation, counterpart
 
-__all__ = ["Dependencies", "Problem", "discover"]
+__all__ = ["Problem", "Training", "Validation", "counterpart"]

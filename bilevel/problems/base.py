@@ -150,6 +150,20 @@ class Problem(ABC):
         """Returns validation metrics; called by ``Engine.evaluate`` without gradients. Nothing by default."""
         return {}
 
+    def project(self, values: Tensors) -> Tensors:
+        """Returns where an update leads that arrives at ``values``; there itself unless overridden.
+
+        It is part of every update of this problem, and of what ``unrolled`` differentiates: ``w' = P(U(w, g))``.
+
+        Args:
+            values: The owned parameters, in the order of ``self.parameters``. Not to be changed in place.
+
+        Returns:
+            As many tensors of the same shapes, from operations that autograd knows; they may depend on nothing but
+            ``values``.
+        """
+        return values
+
     def on_run_start(self, steps: int) -> None:  # noqa: B027 (a hook: empty on purpose)
         """Called when ``Engine.run`` starts, with the number of outer steps to take."""
 
@@ -199,6 +213,11 @@ class Problem(ABC):
     def start_source(self) -> str | None:
         """The problem above from whose parameters this one starts, if it does."""
         return None if self.reset == "initial" else self.reset
+
+    @property
+    def projects(self) -> bool:
+        """Whether :meth:`project` is overridden."""
+        return type(self).project is not Problem.project
 
     def is_active(self, step: int) -> bool:
         """Whether the problem takes part in an outer step, counted from 0."""
@@ -259,6 +278,10 @@ class Problem(ABC):
         if self.stepper is None:
             raise ConfigError(f"problem {self.name!r} has no optimizer and cannot be stepped: pass optimizer=")
         self.stepper.update(gradients, values)
+        if self.projects:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, self.project(self.parameters), strict=True):
+                    parameter.copy_(value)
         self.num_updates += 1
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bilevel import Engine, EngineConfig, Estimator, Problem, Unrolled
 from bilevel.errors import BilevelWarning, ConfigError
-from bilevel.problems.differentiate import Differentiator
+from bilevel.levels.differentiate import Differentiator
 
 QUIET = EngineConfig(progress=False)
 
@@ -340,3 +340,40 @@ def test_a_learning_rate_is_not_used_and_that_is_said() -> None:
 def test_graphs_in_low_precision_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"precision='bfloat16'.*use memory='replay'"):
         make(Unrolled(memory="graph"), config=EngineConfig(progress=False, precision="bfloat16"))
+
+
+class Boxed(Problem):
+    def loss(self, batch: Any) -> Any:
+        return (self.module[0] - self.aim.module[0] * torch.arange(1.0, 4.0)).square().sum()
+
+    def project(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(value.clamp(-1.0, 1.0) for value in values)
+
+
+class Aim(Problem):
+    def loss(self, batch: Any) -> Any:
+        return (self.boxed.module[0] * torch.tensor([1.0, 2.0, 3.0])).sum()
+
+
+def in_a_box(method: Any) -> Engine:
+    aim = Aim(nn.ParameterList([torch.tensor(0.4)]), optimizer=sgd)
+    boxed = Boxed(nn.ParameterList([torch.zeros(3)]), optimizer=sgd, steps=20, reset="initial")
+    return Engine([aim, boxed], QUIET, method)
+
+
+def test_a_projection_is_part_of_every_update_and_of_what_is_unrolled():
+    engine = in_a_box("unrolled")
+    aim = torch.tensor(0.4, requires_grad=True)
+    w = torch.zeros(3)
+    for _ in range(20):
+        w = (w - 0.1 * 2 * (w - aim * torch.arange(1.0, 4.0))).clamp(-1.0, 1.0)
+    (expected,) = torch.autograd.grad((w * torch.tensor([1.0, 2.0, 3.0])).sum(), aim)
+    engine.step()
+    assert torch.allclose(engine.problems["boxed"].module[0].detach(), w.detach())
+    assert w[2] == 1.0  # on the boundary: moves no more
+    assert torch.allclose(engine.problems["aim"].module[0], 0.4 - 0.1 * expected)
+
+
+def test_a_projection_is_refused_where_the_method_cannot_see_it():
+    with pytest.raises(ConfigError, match=r"cannot differentiate through project\(\) of problem 'boxed'"):
+        in_a_box("one_step").step()

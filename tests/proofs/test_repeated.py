@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from bilevel import Engine, EngineConfig, Problem
 from bilevel.errors import ConfigError, LossError
 from bilevel.functional import leaves
-from bilevel.problems.response import RepeatedUpdates
+from bilevel.levels.response import RepeatedUpdates
 
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bilevel.errors import BilevelWarning, ConfigError, GraphError, unknown_name
-from bilevel.problems import Dependencies
-from bilevel.problems.graph import dependencies_of
+from bilevel.levels import Dependencies
+from bilevel.levels.graph import dependencies_of
 
 __all__ = ["Declared", "declared"]
 

@@ -21,14 +21,14 @@ from bilevel.interop.betty.iteration import Iteration, LoopStart
 from bilevel.interop.betty.level import Level, Pending
 from bilevel.interop.betty.log import flat, is_number
 from bilevel.interop.betty.patience import Patience
+from bilevel.levels import Dependencies
+from bilevel.levels.differentiate import Differentiator
+from bilevel.levels.graph import Reading, examine
+from bilevel.levels.records import RecordedUpdate
 from bilevel.loss_scale import LossScale, LossScaling
 from bilevel.notices import Notices
 from bilevel.planning import Planner
 from bilevel.policy import SolvePolicy
-from bilevel.problems import Dependencies
-from bilevel.problems.differentiate import Differentiator
-from bilevel.problems.graph import Reading, examine
-from bilevel.problems.records import RecordedUpdate
 from bilevel.randomness import preserved
 from bilevel.result import StepResult
 from bilevel.settings import EngineConfig

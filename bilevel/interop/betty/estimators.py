@@ -29,8 +29,8 @@ from bilevel.double_backward import second_derivative_errors
 from bilevel.errors import ConfigError
 from bilevel.functional import Evaluate, leaves, require_finite
 from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, Response, State
+from bilevel.levels.response import NestedObjective
 from bilevel.optim import Rule
-from bilevel.problems.response import NestedObjective
 from bilevel.products import TOLERATED_ROUNDING, displacement_error
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_integer, check_number

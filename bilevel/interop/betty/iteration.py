@@ -13,10 +13,10 @@ from bilevel.errors import NonFiniteError
 from bilevel.faults import Work
 from bilevel.interop.betty.clock import Clock, Turn
 from bilevel.interop.betty.level import Dated, Level
+from bilevel.levels.records import LossGradient
+from bilevel.levels.schedule import Round
 from bilevel.optimizer_state import Kept
 from bilevel.problems import Problem
-from bilevel.problems.records import LossGradient
-from bilevel.problems.schedule import Round
 from bilevel.step import Report, Step
 
 __all__ = ["Iteration", "LoopStart"]

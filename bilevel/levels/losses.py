@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel.functional import ModuleObjective, Objective, PassCount
-from bilevel.problems.differentiate import Differentiator
-from bilevel.problems.records import InnerRecord
+from bilevel.levels.differentiate import Differentiator
+from bilevel.levels.records import InnerRecord
 from bilevel.randomness import Replay
 
 __all__ = ["NestedLosses", "nested_losses"]

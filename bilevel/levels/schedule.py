@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bilevel.problems.graph import Dependencies
+from bilevel.levels.graph import Dependencies
 
 __all__ = ["Round", "schedule"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bilevel.functional import BufferValues
 from bilevel.hypergrad import State
+from bilevel.levels.step_graph import KeptGraph
 from bilevel.optim import Update
-from bilevel.problems.step_graph import KeptGraph
 from bilevel.randomness import Replay, States
 from bilevel.result import Hypergradient, SolveInfo, Status
 from bilevel.vector import Tensors

@@ -9,9 +9,9 @@ from bilevel import distributed
 from bilevel.errors import BilevelWarning, ConfigError, unknown_name
 from bilevel.hypergrad import SAMA, Estimator
 from bilevel.hypergrad.inner_updates import InnerUpdates
+from bilevel.levels.graph import Dependencies
 from bilevel.optim import update_of
 from bilevel.problems.base import Problem
-from bilevel.problems.graph import Dependencies
 
 __all__ = ["check_levels", "check_method", "check_structure"]
 
@@ -85,9 +85,12 @@ def check_method(problem: Problem, estimator: Estimator, precision: str, depende
             f"method {estimator.name!r} consumes the updates of problem {problem.name!r}, which has no optimizer"
         )
     update_of(problem.optimizer, problem.parameters)
-    if problem.max_grad_norm is not None and not isinstance(estimator, (InnerUpdates, SAMA)):
+    extras = {"max_grad_norm": problem.max_grad_norm is not None, "project()": problem.projects}
+    for what in (
+        name for name, present in extras.items() if present and not isinstance(estimator, (InnerUpdates, SAMA))
+    ):
         raise ConfigError(
-            f"method {estimator.name!r} cannot differentiate through max_grad_norm of problem {problem.name!r}: drop "
+            f"method {estimator.name!r} cannot differentiate through {what} of problem {problem.name!r}: drop "
             "one of them, or use 'sama', or 'unrolled' with steps=1"
         )
     if estimator.keeps_graph:

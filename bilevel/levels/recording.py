@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bilevel.hypergrad import State
-from bilevel.optim import clipped, update_of
+from bilevel.levels.differentiate import Differentiator
+from bilevel.levels.records import InnerRecord, LossGradient, RecordedUpdate, Settled
+from bilevel.levels.step_graph import take_with_graph
+from bilevel.optim import clipped, projected, update_of
 from bilevel.problems.base import Problem
-from bilevel.problems.differentiate import Differentiator
-from bilevel.problems.records import InnerRecord, LossGradient, RecordedUpdate, Settled
-from bilevel.problems.step_graph import take_with_graph
 from bilevel.randomness import States
 
 __all__ = ["Recorder"]
@@ -79,6 +79,8 @@ class Recorder:
         update, memory = update_of(problem.optimizer, problem.parameters)
         if problem.max_grad_norm is not None:
             update = clipped(update, problem.max_grad_norm)
+        if problem.projects:
+            update = projected(update, problem.project)
         step = RecordedUpdate(
             batches, generators, inner, memory, update, buffers, graph=graph, first=first, below=below
         )

@@ -12,13 +12,11 @@ from bilevel import distributed
 from bilevel.faults import Deadline, Work
 from bilevel.functional import BufferValues, ModuleObjective, Objective, loss_and_outputs, require_finite
 from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, State
-from bilevel.optim import curvature_of
-from bilevel.problems.accumulation import accumulate
-from bilevel.problems.base import Problem
-from bilevel.problems.gradients import Gradients
-from bilevel.problems.graph import Dependencies
-from bilevel.problems.records import InnerRecord, LossGradient, RecordedUpdate, Settled
-from bilevel.problems.response import (
+from bilevel.levels.accumulation import accumulate
+from bilevel.levels.gradients import Gradients
+from bilevel.levels.graph import Dependencies
+from bilevel.levels.records import InnerRecord, LossGradient, RecordedUpdate, Settled
+from bilevel.levels.response import (
     BestResponse,
     Lower,
     NestedObjective,
@@ -26,6 +24,8 @@ from bilevel.problems.response import (
     SolvedResponse,
     method_again,
 )
+from bilevel.optim import curvature_of
+from bilevel.problems.base import Problem
 from bilevel.randomness import Replay, States
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors
