@@ -86,13 +86,12 @@ def check_method(problem: Problem, estimator: Estimator, precision: str, depende
         )
     update_of(problem.optimizer, problem.parameters)
     extras = {"max_grad_norm": problem.max_grad_norm is not None, "project()": problem.projects}
-    for what in (
-        name for name, present in extras.items() if present and not isinstance(estimator, (InnerUpdates, SAMA))
-    ):
-        raise ConfigError(
-            f"method {estimator.name!r} cannot differentiate through {what} of problem {problem.name!r}: drop "
-            "one of them, or use 'sama', or 'unrolled' with steps=1"
-        )
+    for what, present in extras.items():
+        if present and not isinstance(estimator, (InnerUpdates, SAMA)):
+            raise ConfigError(
+                f"method {estimator.name!r} cannot differentiate through {what} of problem {problem.name!r}: drop "
+                "one of them, or use 'sama', or 'unrolled' with steps=1"
+            )
     if estimator.keeps_graph:
         _check_graph(problem, estimator, precision, dependencies)
     _check_function_fields(problem, estimator)

@@ -1,4 +1,4 @@
-"""What the ready-made problems share: a model fitted to labelled batches, and what is judged by how well it then does."""
+"""What ready-made problems share: a model fitted to labelled batches, and what is judged by how well it then does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bilevel.problems.base import Problem
 __all__ = ["Criterion", "Training", "Validation", "counterpart"]
 
 Criterion = Callable[..., Tensor]
-"""``(outputs, targets) -> scalar``; with ``reduction="none"``, where losses an example are asked for, one an example."""
+"""``(outputs, targets) -> scalar``; with ``reduction="none"``, where it is asked for, one value an example."""
 
 Kind = TypeVar("Kind", bound=Problem)
 
@@ -43,7 +43,8 @@ def counterpart(problem: Problem, kind: type[Kind], name: str | None = None) -> 
     there = {key: type(other).__name__ for key, other in problem._siblings.items()}
     remedy = "name the one that is meant" if found else "give the engine one"
     raise GraphError(
-        f"problem {problem.name!r} works with {wanted}, of which its engine has {len(found)} (problems: {there}): {remedy}"
+        f"problem {problem.name!r} works with {wanted}, of which its engine has {len(found)} (problems: {there}): "
+        f"{remedy}"
     )
 
 
