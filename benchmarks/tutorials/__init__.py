@@ -1,0 +1,1 @@
+"""The studies behind the tutorials: methods beside plain baselines, over seeds, with intervals."""
