@@ -12,6 +12,7 @@ from bilevel.levels import Dependencies, discover
 from bilevel.levels.differentiate import Differentiator, Policy
 from bilevel.levels.gradients import Gradients
 from bilevel.levels.method_check import check_levels, check_method, check_structure
+from bilevel.levels.overlap import warn_of_shared_examples
 from bilevel.levels.schedule import Round, schedule
 from bilevel.problems import Problem
 from bilevel.randomness import preserved
@@ -95,6 +96,7 @@ class Planner:
         check_levels(self._problems, dependencies)
         estimators = self._methods(dependencies)
         self._check_methods(estimators, dependencies)
+        warn_of_shared_examples(self._problems, dependencies)
         differentiator = Differentiator(
             self._gradients,
             dependencies,

@@ -27,7 +27,8 @@ class OneStep(SingleStep):
 
     Attributes:
         learning_rate: η. None, in an engine: the optimiser's own at that step, of each parameter's group (negative
-            where it maximises). As a function it must be given.
+            where it maximises). As a function it must be given. 0 leaves the derivative at fixed inner parameters alone
+            (DARTS' first-order variant, ξ = 0); with ``difference="central"`` it costs nothing.
         center: ``"old"`` or ``"new"``, see :class:`~bilevel.hypergrad.single_step.SingleStep`.
         difference: ``"exact"``, ``"central"`` or ``"forward"``, likewise.
         epsilon: ε of the differences, likewise.
@@ -66,7 +67,7 @@ class OneStep(SingleStep):
         """Validates the fields."""
         super().__post_init__()
         if self.learning_rate is not None:
-            check_number("OneStep", "learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
+            check_number("OneStep", "learning_rate", self.learning_rate, minimum=0.0)
         # The new point with a given rate needs nothing of the step that led there.
         object.__setattr__(self, "needs_trajectory", self.center == "old" or self.learning_rate is None)
 

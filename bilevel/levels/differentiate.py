@@ -179,15 +179,16 @@ class Differentiator:
             buffers: BufferValues | None = None,
             inner: Tensors = here[name],
             settled: Mapping[str, Settled] = below,
+            loss: Callable[[Any], object] = problem.response_loss,
         ) -> Objective:
-            return self._objective(problem, given, batches, generators, buffers, here | {name: inner}, settled)
+            return self._objective(problem, loss, given, batches, generators, buffers, here | {name: inner}, settled)
 
         def recorded(step: RecordedUpdate) -> InnerStep:
             above = [step.outer_gradient.get(other) for other in given]
             # A problem above may have been updated since, where it is an inner problem itself.
             valid = above and None not in above and all(step.outer_versions.get(id(p)) == p._version for p in outer)
             whole = tuple(p for part in above for p in part or ()) if valid else None
-            lower = objective(step.batches, step.generators, step.buffers, step.inner, step.below)
+            lower = objective(step.batches, step.generators, step.buffers, step.inner, step.below, problem.loss)
             graph = None if step.graph is None else step.graph.still_valid(outer)
             return InnerStep(lower, step.inner, step.memory, step.update, step.gradient, whole, graph)
 
@@ -205,6 +206,7 @@ class Differentiator:
     def _objective(
         self,
         problem: Problem,
+        batch_loss: Callable[[Any], object],
         given: Sequence[str],
         batches: Sequence[Any],
         generators: States | Replay | None,
@@ -216,7 +218,7 @@ class Differentiator:
         label = f"problem {problem.name!r}"
 
         def loss() -> Mapping[str, Any]:
-            pairs = [loss_and_outputs(problem.loss(batch), label) for batch in batches]
+            pairs = [loss_and_outputs(batch_loss(batch), label) for batch in batches]
             value = pairs[0][0] if len(pairs) == 1 else torch.stack([value for value, _ in pairs]).mean()
             return {"loss": value, "outputs": [part for _, outputs in pairs for part in outputs]}
 

@@ -79,6 +79,7 @@ def check_method(problem: Problem, estimator: Estimator, precision: str, depende
     if error is not None and estimator.needs_double_backward:
         raise error
     if not estimator.needs_trajectory:
+        _check_restriction(problem, estimator, dependencies)
         return
     if problem.optimizer is None:
         raise ConfigError(
@@ -95,6 +96,16 @@ def check_method(problem: Problem, estimator: Estimator, precision: str, depende
     if estimator.keeps_graph:
         _check_graph(problem, estimator, precision, dependencies)
     _check_function_fields(problem, estimator)
+
+
+def _check_restriction(problem: Problem, estimator: Estimator, dependencies: Dependencies) -> None:
+    below = dependencies.lower[problem.name]
+    if problem.restricts and below:
+        raise ConfigError(
+            f"problem {problem.name!r} has a response_loss() of its own and problems below it "
+            f"({', '.join(sorted(below))}), whose response method {estimator.name!r} would take at the parameters "
+            "themselves: use 'unrolled' for it"
+        )
 
 
 def _check_start(problem: Problem, estimator: Estimator, dependencies: Dependencies) -> None:

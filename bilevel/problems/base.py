@@ -146,6 +146,15 @@ class Problem(ABC):
         other values.
         """
 
+    def response_loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
+        """Returns what the parameters are a minimiser of once the updates have converged: :meth:`loss` by default.
+
+        Methods that differentiate the solution, rather than the updates that lead there, take their products of it.
+        It is another function than :meth:`loss` where updates do not end at a stationary point of that: under
+        constraints (:meth:`project`), it is the loss restricted to the constraints that are active.
+        """
+        return self.loss(batch)
+
     def evaluate(self) -> Mapping[str, float]:
         """Returns validation metrics; called by ``Engine.evaluate`` without gradients. Nothing by default."""
         return {}
@@ -218,6 +227,11 @@ class Problem(ABC):
     def projects(self) -> bool:
         """Whether :meth:`project` is overridden."""
         return type(self).project is not Problem.project
+
+    @property
+    def restricts(self) -> bool:
+        """Whether :meth:`response_loss` is overridden."""
+        return type(self).response_loss is not Problem.response_loss
 
     def is_active(self, step: int) -> bool:
         """Whether the problem takes part in an outer step, counted from 0."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel.errors import GraphError
 from bilevel.problems.base import Problem
+from bilevel.validation import check_number
 
 __all__ = ["Criterion", "Training", "Validation", "counterpart"]
 
@@ -51,25 +53,47 @@ def counterpart(problem: Problem, kind: type[Kind], name: str | None = None) -> 
 class Training(Problem):
     """The usual inner problem: a model fitted to labelled batches ``(inputs, targets)``.
 
-    The loss is ``criterion(model(inputs), targets)``. Its batches and the model's outputs are where subclasses hook in.
+    ``f(w) = criterion(model_w(inputs), targets) + α/2 ‖w‖²``, with the owned parameters in the norm.
 
     Args:
         module: The model.
         criterion: ``(outputs, targets) -> scalar``; the cross-entropy by default.
+        weight_decay: α. Unlike an optimiser's it is part of the loss, so that every hypergradient method sees it; above
+            0, f has a minimum even where the model can fit all examples.
         settings: Those of :class:`~bilevel.Problem`: optimizer, data, steps, ….
+
+    Raises:
+        ConfigError: ``weight_decay`` below 0.
 
     Cost: 1 forward pass a loss.
     """
 
-    def __init__(self, module: nn.Module, *, criterion: Criterion = F.cross_entropy, **settings: Any) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        criterion: Criterion = F.cross_entropy,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ) -> None:
         super().__init__(module, **settings)
+        check_number(self.name, "weight_decay", weight_decay, minimum=0.0)
         self.criterion = criterion
+        self.weight_decay = weight_decay
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the loss on a batch, with the model's outputs."""
         inputs, targets = batch
         outputs = self(inputs)
-        return {"loss": self.criterion(outputs, targets), "outputs": outputs}
+        return {"loss": self.criterion(outputs, targets) + self.decay(), "outputs": outputs}
+
+    def decay(self) -> Tensor | float:
+        """Returns ``α/2 ‖w‖²``: a scalar, or 0 where α is 0."""
+        if not self.weight_decay:
+            return 0.0
+        weights = dict(self.module.named_parameters())
+        squares = [weights[name].square().sum() for name in self.parameter_names]
+        return self.weight_decay / 2 * torch.stack(squares).sum()
 
 
 class Validation(Problem):

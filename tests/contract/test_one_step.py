@@ -280,10 +280,19 @@ def test_says_what_its_fields_need() -> None:
     assert OneStep().recorded_steps == 1
 
 
+@pytest.mark.parametrize("difference", ["exact", "central"])
+def test_a_rate_of_zero_leaves_the_direct_derivative(difference: str) -> None:
+    lam = torch.tensor([3.0, -1.0])
+    losses = (lambda w, l: ((w - l) ** 2).sum()), (lambda w, l: (w**2 * l).sum())  # noqa: E741
+    method = OneStep(0.0, difference=difference, center="new")
+    result = hypergradient(*losses, torch.tensor([2.0, 1.0]), lam, method)
+    assert torch.equal(result.grad, torch.tensor([4.0, 1.0]))
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "expected"),
     [
-        ({"learning_rate": 0.0}, ConfigError, "OneStep.learning_rate must be a finite number above 0, not 0.0"),
+        ({"learning_rate": -0.1}, ConfigError, "OneStep.learning_rate must be a finite number at least 0, not -0.1"),
         ({"learning_rate": math.nan}, ConfigError, "OneStep.learning_rate must be a finite number"),
         ({"center": "middle"}, UnknownNameError, "value of OneStep.center"),
         ({"difference": "backward"}, UnknownNameError, "value of OneStep.difference"),
