@@ -1,0 +1,454 @@
+"""The two problems of few-shot learning: where adaptation starts, and adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from bilevel.data.episodes import TaskBatch, TaskSource
+from bilevel.errors import ConfigError, DataError, ParameterError
+from bilevel.functional import dense_gradient, derivatives
+from bilevel.problems.base import ParameterSelection, Problem, select_parameters
+from bilevel.problems.few_shot.assessment import Assessment
+from bilevel.problems.few_shot.stacked import Mirror, accuracies, stacked_losses, stacked_outputs
+from bilevel.problems.supervised import Criterion, counterpart
+from bilevel.result import StepResult
+from bilevel.validation import check_integer, check_number
+from bilevel.vector import Tensors
+
+__all__ = ["Adaptation", "MetaLearner"]
+
+
+class MetaLearner(Problem):
+    """Outer problem of few-shot learning: parameters θ of a network, from which tasks are learned in a few steps.
+
+    The problem is ::
+
+        min over θ of  1/T Σ_t F_t(w_t),    w_t = θ + s ∘ δ_t,    δ_t from a few steps on f_t(θ + s ∘ δ), from δ = 0
+
+    F_t is the loss on the query set of task t, f_t that on its support set. The steps are those of
+    :class:`Adaptation`, which owns the displacements δ and draws the tasks. Since θ is in the inner loss, a step on δ
+    is one on w, and the engine's method decides what is learned:
+
+    - ``"unrolled"``: MAML (Finn et al., ICML 2017, arXiv 1703.03400), through whatever optimiser makes the steps.
+    - ``"conjugate_gradient"``, ``"neumann"``, … with ``Adaptation(proximal=λ)``: implicit MAML (Rajeswaran et al.,
+      NeurIPS 2019, arXiv 1909.04630).
+    - ``OneStep(learning_rate=0, difference="central")``: first-order MAML, the derivative at fixed δ.
+    - ``Adaptation(params="head.*")``: ANIL (Raghu et al., ICLR 2020, arXiv 1909.09157).
+    - ``MetaLearner(learned_rates="*")``: Meta-SGD (Li et al., 2017, arXiv 1707.09835).
+
+    Args:
+        network: The network; its forward pass takes inputs alone. The same object goes to :class:`Adaptation`.
+        criterion: ``(outputs, targets) -> scalar`` of one task's query set; that of :class:`Adaptation` by default.
+        learned_rates: Which of the adapted parameters have learned rates: patterns over the network's parameter names,
+            as for ``params``. Each element then has a factor s, 1 at first, that is learned with θ: a gradient step of
+            rate η on δ is one of rate ``η s²`` on w. (Meta-SGD learns the rate itself, whose sign it lets change.)
+        adaptation: The name of the inner problem; None where the engine has one only.
+        settings: Those of :class:`~bilevel.Problem` but ``data``. Patterns of ``params`` are over the names in
+            ``module``: the network's, or with learned rates ``network.*`` and ``factors.*``.
+
+    Raises:
+        ConfigError: Data, or later learned rates of parameters that do not adapt.
+
+    Cost: 1 forward pass of the query sets a loss.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import Engine, EngineConfig
+        >>> from bilevel.data.episodes import Episodes
+        >>> images, labels = torch.randn(40, 8), torch.arange(40) % 8
+        >>> episodes = Episodes((images, labels), ways=3, shots=1, queries=4, tasks=2)
+        >>> network = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> adam, sgd = (lambda p: torch.optim.Adam(p, lr=1e-3)), (lambda p: torch.optim.SGD(p, lr=0.1))
+        >>> problems = [MetaLearner(network, optimizer=adam), Adaptation(network, episodes, optimizer=sgd, steps=5)]
+        >>> engine = Engine(problems, EngineConfig(progress=False), hypergradient="unrolled")      # MAML
+        >>> sorted(engine.step().metrics)
+        ['meta_learner/accuracy']
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        criterion: Criterion | None = None,
+        learned_rates: ParameterSelection | None = None,
+        adaptation: str | None = None,
+        **settings: Any,
+    ) -> None:
+        module = network
+        if learned_rates is not None and isinstance(network, nn.Module):
+            chosen = select_parameters(settings.get("name") or "meta_learner", network, learned_rates)
+            module = _RatedNetwork(network, chosen)
+        super().__init__(module, **settings)
+        _refuse_data(self, self.data)
+        self.network = network
+        self.criterion = criterion
+        self.adaptation_name = adaptation
+
+    def adaptation(self) -> Adaptation:
+        """Returns the inner problem."""
+        return counterpart(self, Adaptation, self.adaptation_name)
+
+    def factors(self) -> dict[str, Tensor]:
+        """Returns s by parameter name, where rates are learned: a gradient step on δ has the rate ``η s²`` on w."""
+        return self.module.factors.values() if isinstance(self.module, _RatedNetwork) else {}
+
+    def initial_values(self, tasks: TaskBatch) -> Mapping[str, Tensor]:
+        """Returns where adaptation starts from; θ for every task unless overridden.
+
+        Args:
+            tasks: The batch.
+
+        Returns:
+            By the network's parameter names: tensors of the parameter's shape, or ``(T, *shape)`` where tasks differ.
+        """
+        return dict(self.network.named_parameters())
+
+    def adapted(
+        self, tasks: TaskBatch, displacements: Mapping[str, Tensor], *, constant: bool = False
+    ) -> dict[str, Tensor]:
+        """Returns the network's parameters after adaptation, ``w = θ + s ∘ δ``.
+
+        Args:
+            tasks: The batch.
+            displacements: δ by parameter name, ``(T, *shape)``.
+            constant: Whether θ and s are taken for constants.
+
+        Raises:
+            ConfigError: Learned rates of parameters that do not adapt.
+        """
+        values, factors = dict(self.initial_values(tasks)), self.factors()
+        idle = sorted(set(factors) - set(displacements))
+        if idle:
+            raise ConfigError(
+                f"problem {self.name!r} learns rates of {', '.join(idle[:5])}, which do not adapt; those that do: "
+                f"{', '.join(displacements)}. Restrict learned_rates=, or take them into Adaptation(params=…)"
+            )
+        if constant:
+            values = {name: value.detach() for name, value in values.items()}
+            factors = {name: value.detach() for name, value in factors.items()}
+        for name, step in displacements.items():
+            values[name] = values[name] + (factors[name] * step if name in factors else step)
+        return values
+
+    def loss(self, batch: Any) -> Mapping[str, Any]:
+        """Returns the mean loss on the query sets, with the outputs and, for classes, the accuracy."""
+        _refuse_data(self, batch)
+        adaptation = self.adaptation()
+        tasks = adaptation.tasks()
+        outputs = adaptation.outputs(self.adapted(tasks, adaptation.displacements()), tasks.query_inputs)
+        losses = adaptation.losses(outputs, tasks.query_targets, self.criterion)
+        found = {"loss": losses.mean(), "outputs": outputs}
+        right = accuracies(outputs, tasks.query_targets)
+        return found if right is None else {**found, "accuracy": right.mean()}
+
+
+class Adaptation(Problem):
+    """Inner problem of few-shot learning: displacements δ of a network's parameters, T of each, one a task.
+
+    The problem is ::
+
+        min over δ of  Σ_t f_t(θ + s ∘ δ_t) + λ/2 ‖δ_t‖²
+
+    The sum lets every task have its own gradient, and so learning rates mean what they do for a single task; norms of
+    gradients (``max_grad_norm``, line searches) are over all tasks. Tasks are evaluated together. δ starts from 0 with
+    new tasks before every update of the problem above: batch 0 of ``tasks`` first, then 1, 2, ….
+
+    Layers with batch normalisation take their statistics from the batch they are given, task by task and support and
+    query sets apart (``track_running_stats=False``): predictions on the query set are then made together, which is
+    known as transductive.
+
+    Args:
+        network: The network, the same object as that of :class:`MetaLearner`.
+        tasks: Where tasks come from: :class:`~bilevel.data.episodes.Episodes`, a list of
+            :class:`~bilevel.data.episodes.TaskBatch` that is gone through again and again, or whatever else returns a
+            batch for ``tasks[number]``. All batches have as many tasks.
+        params: Which of the network's parameters adapt: patterns over their names, or a predicate ``(name, parameter)
+            -> bool``. All trainable ones by default.
+        optimizer: A callable that makes the optimiser of δ. Its weight decay pulls w towards θ.
+        criterion: ``(outputs, targets) -> scalar`` of one task's support set; the cross-entropy by default.
+        proximal: λ, which makes the solution unique where it is above the loss's negative curvature, and implicit
+            methods stable.
+        chunk_size: How many tasks to evaluate together; None for all. Smaller chunks are often faster on CPUs.
+        vectorized: Whether to evaluate tasks together, by ``torch.func.vmap``. False is for networks that cannot be:
+            control flow that depends on values, operations without a batching rule.
+        held_out: Tasks of other classes, on which :meth:`evaluate` reports.
+        held_out_batches: How many batches of them.
+        held_out_steps: The steps taken there; ``steps`` by default. More are allowed.
+        meta_learner: The name of the outer problem; None where the engine has one only.
+        settings: Those of :class:`~bilevel.Problem` but ``data`` and ``reset``: steps, hypergradient, ….
+
+    Raises:
+        ConfigError: A setting that makes no sense.
+        ParameterError: A layer that keeps running statistics in training mode, which tasks would mix.
+        UnknownNameError: A pattern that matches no trainable parameter.
+        DataError: No tasks, or later, another number of them.
+
+    In data-parallel runs gradients of δ are averaged too: every process must draw the same tasks.
+
+    Cost: 1 forward pass of the support sets a loss, over T copies of the parameters; memory for T displacements.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tasks: TaskSource | Sequence[TaskBatch],
+        *,
+        optimizer: Callable[[Any], Optimizer],
+        params: ParameterSelection | None = None,
+        criterion: Criterion = F.cross_entropy,
+        proximal: float = 0.0,
+        chunk_size: int | None = None,
+        vectorized: bool = True,
+        held_out: TaskSource | Sequence[TaskBatch] | None = None,
+        held_out_batches: int = 25,
+        held_out_steps: int | None = None,
+        meta_learner: str | None = None,
+        **settings: Any,
+    ) -> None:
+        name = settings.get("name") or "adaptation"
+        _check_settings(name, optimizer, proximal, chunk_size, held_out_batches, held_out_steps)
+        adapting = select_parameters(name, network, params)
+        _refuse_running_statistics(name, network)
+        self.network = network
+        self.source, self.held_out = tasks, held_out
+        self.num_tasks = len(_batch(tasks, 0, name).support_targets)
+        module = _Displacements({key: _zeros(self.num_tasks, value) for key, value in adapting.items()})
+        super().__init__(module, optimizer=optimizer, reset="initial", **settings)
+        _refuse_data(self, self.data)
+        self.criterion, self.proximal = criterion, proximal
+        self.chunk_size, self.vectorized = chunk_size, vectorized
+        self.held_out_batches, self.held_out_steps = held_out_batches, held_out_steps
+        self.meta_learner_name = meta_learner
+        self._make_optimizer = optimizer
+
+    def learner(self) -> MetaLearner:
+        """Returns the outer problem."""
+        return counterpart(self, MetaLearner, self.meta_learner_name)
+
+    def displacements(self) -> dict[str, Tensor]:
+        """Returns δ by the network's parameter names, ``(T, *shape)``."""
+        return self._held.values()
+
+    def tasks(self) -> TaskBatch:
+        """Returns the present tasks: those that δ is, or will be, adapted to.
+
+        Raises:
+            DataError: They are not as many as the first ones.
+        """
+        batch = _batch(self.source, max(0, int(self._held.number)), self.name)
+        if len(batch.support_targets) != self.num_tasks:
+            raise DataError(
+                f"problem {self.name!r} was made for batches of {self.num_tasks} tasks, as the first one was; this one "
+                f"has {len(batch.support_targets)}: let all batches have as many"
+            )
+        return batch.to(self.parameters[0].device)
+
+    def restart(self) -> None:
+        """Sets δ to 0 and goes on to the next tasks."""
+        super().restart()
+        self._go_on()
+
+    def on_step_end(self, result: StepResult) -> None:
+        """Leaves the tasks of a step that was skipped: the same ones would lead to the same end."""
+        if result.skipped:
+            self._go_on()
+
+    def outputs(self, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """Returns the network's outputs ``(T, n, …)``.
+
+        Args:
+            values: The network's parameters by name, of their own shapes or ``(T, *shape)``.
+            inputs: ``(T, n, …)``.
+        """
+        return stacked_outputs(self.network, values, inputs, vectorized=self.vectorized, chunk_size=self.chunk_size)
+
+    def losses(self, outputs: Tensor, targets: Tensor, criterion: Criterion | None = None) -> Tensor:
+        """Returns the loss of every task, ``(T,)``."""
+        return stacked_losses(criterion or self.criterion, outputs, targets, vectorized=self.vectorized)
+
+    def loss(self, batch: Any) -> Mapping[str, Any]:
+        """Returns the sum of the tasks' losses on their support sets, with the outputs."""
+        _refuse_data(self, batch)
+        return self._support_loss(self.tasks(), self.displacements())
+
+    def adapt(self, tasks: TaskBatch, steps: int | None = None) -> dict[str, Tensor]:
+        """Returns the network's parameters after adaptation to tasks, and changes nothing.
+
+        Args:
+            tasks: Any number of them.
+            steps: ``self.steps`` by default.
+
+        Returns:
+            By the network's parameter names; ``(T, *shape)`` for those that adapt.
+
+        Cost: ``steps`` forward and backward passes of the support sets, over as many copies as there are tasks.
+        """
+        check_integer(self.name, "steps", self.steps if steps is None else steps, minimum=0)
+        tasks = tasks.to(self.parameters[0].device)
+        count = len(tasks.support_targets)
+        displacements = {name: _zeros(count, value[0]).requires_grad_() for name, value in self.displacements().items()}
+        moving = tuple(displacements.values())
+        optimizer = self._optimizer_of(moving)
+        with torch.enable_grad():
+            for _ in range(self.steps if steps is None else steps):
+                loss = self._support_loss(tasks, displacements, constant=True)["loss"]
+                for part, gradient in zip(moving, dense_gradient(derivatives(loss, moving), moving), strict=True):
+                    part.grad = gradient
+                if self.max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(moving, self.max_grad_norm)
+                optimizer.step()
+        with torch.no_grad():
+            return self.learner().adapted(tasks, {name: part.detach() for name, part in displacements.items()})
+
+    def assess(self, tasks: TaskSource | Sequence[TaskBatch], batches: int = 1, steps: int | None = None) -> Assessment:
+        """Judges how well tasks are learned: adapts to their support sets and takes the losses on their query sets.
+
+        The network is in evaluation mode for the query sets.
+
+        Args:
+            tasks: Where they come from; the batches 0, 1, … are taken, and may have any number of tasks.
+            batches: How many batches.
+            steps: ``self.steps`` by default; more are allowed.
+
+        Cost: a batch, that of :meth:`adapt` and 1 forward pass of the query sets.
+        """
+        check_integer(self.name, "batches", batches, minimum=1)
+        criterion = self.learner().criterion
+        losses, right = [], []
+        for number in range(batches):
+            batch = _batch(tasks, number, self.name).to(self.parameters[0].device)
+            values = self.adapt(batch, steps)
+            modes = {part: part.training for part in self.network.modules()}
+            self.network.eval()
+            try:
+                with torch.no_grad():
+                    outputs = self.outputs(values, batch.query_inputs)
+                    losses.append(self.losses(outputs, batch.query_targets, criterion))
+            finally:
+                for part, training in modes.items():
+                    part.training = training
+            accuracy = accuracies(outputs, batch.query_targets)
+            right += [] if accuracy is None else [accuracy]
+        return Assessment(torch.cat(losses), torch.cat(right) if right else None)
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Returns loss and accuracy on the held-out tasks with their 95 % intervals over tasks, if there are any."""
+        if self.held_out is None:
+            return {}
+        return self.assess(self.held_out, self.held_out_batches, self.held_out_steps).metrics()
+
+    def _support_loss(
+        self, tasks: TaskBatch, displacements: Mapping[str, Tensor], *, constant: bool = False
+    ) -> dict[str, Any]:
+        values = self.learner().adapted(tasks, displacements, constant=constant)
+        outputs = self.outputs(values, tasks.support_inputs)
+        loss = self.losses(outputs, tasks.support_targets).sum()
+        if self.proximal:
+            loss = loss + self.proximal / 2 * sum(part.square().sum() for part in displacements.values())
+        return {"loss": loss, "outputs": outputs}
+
+    def _optimizer_of(self, params: Tensors) -> Optimizer:
+        """Makes an optimiser like the problem's own, with its present settings and nothing remembered."""
+        assert self.optimizer is not None
+        made = self._make_optimizer(list(params))
+        for group, own in zip(made.param_groups, self.optimizer.param_groups, strict=True):
+            group.update({key: value for key, value in own.items() if key != "params"})
+        return made
+
+    @property
+    def _held(self) -> _Displacements:
+        assert isinstance(self.module, _Displacements)
+        return self.module
+
+    def _go_on(self) -> None:
+        with torch.no_grad():
+            self._held.number += 1
+
+
+class _Displacements(Mirror):
+    """Displacements, and the number of the batch of tasks that they are for: -1 before the first."""
+
+    number: Tensor
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__(values)
+        self.register_buffer("number", torch.tensor(-1))
+
+
+class _RatedNetwork(nn.Module):
+    """A network, and factors of what its parameters' displacements add to them."""
+
+    def __init__(self, network: nn.Module, chosen: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.factors = Mirror({name: torch.ones_like(value) for name, value in chosen.items()})
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.network(*inputs)
+
+
+def _zeros(count: int, like: Tensor) -> Tensor:
+    return like.detach().new_zeros(count, *like.shape)
+
+
+def _batch(source: TaskSource | Sequence[TaskBatch], number: int, name: str) -> TaskBatch:
+    if isinstance(source, Sequence):
+        if not source:
+            raise DataError(f"problem {name!r} has no tasks: the list is empty")
+        number %= len(source)
+    batch = source[number]
+    if not isinstance(batch, TaskBatch):
+        raise DataError(
+            f"problem {name!r} needs batches of tasks (bilevel.data.episodes.TaskBatch); tasks[{number}] is a "
+            f"{type(batch).__name__}"
+        )
+    if len({len(part) for part in batch}) > 1:
+        raise DataError(
+            f"problem {name!r}: the parts of tasks[{number}] must have one entry a task; they have the shapes "
+            f"{[tuple(part.shape) for part in batch]}"
+        )
+    return batch
+
+
+def _refuse_data(problem: Problem, data: object) -> None:
+    if data is not None:
+        raise ConfigError(
+            f"problem {problem.name!r} takes no data or batches: both problems of few-shot learning see the tasks of "
+            "Adaptation(network, tasks, …)"
+        )
+
+
+def _check_settings(
+    name: str,
+    optimizer: object,
+    proximal: float,
+    chunk_size: int | None,
+    held_out_batches: int,
+    held_out_steps: int | None,
+) -> None:
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        raise ConfigError(
+            f"optimizer of problem {name!r} must be a callable that makes one from a list of parameters, which are "
+            f"made here; it is a {type(optimizer).__name__}"
+        )
+    check_number(name, "proximal", proximal, minimum=0.0)
+    check_integer(name, "held_out_batches", held_out_batches, minimum=1)
+    for field, value in (("chunk_size", chunk_size), ("held_out_steps", held_out_steps)):
+        if value is not None:
+            check_integer(name, field, value, minimum=1)
+
+
+def _refuse_running_statistics(name: str, network: nn.Module) -> None:
+    for key, part in network.named_modules():
+        if isinstance(part, _NormBase) and part.training and part.running_mean is not None:
+            raise ParameterError(
+                f"problem {name!r}: layer {key!r} of the network keeps running statistics, in which tasks would mix: "
+                f"make it {type(part).__name__}(…, track_running_stats=False), or put it into evaluation mode"
+            )

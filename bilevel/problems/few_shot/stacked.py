@@ -1,0 +1,89 @@
+"""One network at the parameters of many tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+__all__ = ["Mirror", "accuracies", "stacked_losses", "stacked_outputs"]
+
+
+class Mirror(nn.Module):
+    """Parameters under the names that a network gives its own.
+
+    Args:
+        values: The values by name; dots lead into submodules.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            *path, last = name.split(".")
+            place: nn.Module = self
+            for part in path:
+                if part not in place._modules:
+                    setattr(place, part, nn.Module())
+                place = place.get_submodule(part)
+            setattr(place, last, nn.Parameter(value))
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns what stands in the parameters' places now."""
+        return dict(self.named_parameters())
+
+
+def stacked_outputs(
+    network: nn.Module,
+    values: Mapping[str, Tensor],
+    inputs: Tensor,
+    *,
+    vectorized: bool = True,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Returns the network's outputs ``(T, n, …)`` for every task's inputs.
+
+    Args:
+        network: The network.
+        values: What to put in its parameters' places: of the parameter's shape for all tasks, or ``(T, *shape)``.
+        inputs: ``(T, n, …)``.
+        vectorized: Whether tasks are evaluated together, by ``torch.func.vmap``, or one after the other.
+        chunk_size: How many at a time; None for all.
+    """
+    dimensions = {name: parameter.dim() for name, parameter in network.named_parameters()}
+    shared = {name: value for name, value in values.items() if value.dim() == dimensions[name]}
+    stacked = {name: value for name, value in values.items() if name not in shared}
+
+    def outputs(own: Mapping[str, Tensor], given: Tensor) -> Tensor:
+        found: Tensor = functional_call(network, {**shared, **own}, (given,))
+        return found
+
+    return _over_tasks(outputs, vectorized, chunk_size)(stacked, inputs)
+
+
+def stacked_losses(
+    criterion: Callable[..., Tensor], outputs: Tensor, targets: Tensor, *, vectorized: bool = True
+) -> Tensor:
+    """Returns ``criterion(outputs[t], targets[t])`` for every task, ``(T,)``."""
+    return _over_tasks(criterion, vectorized, None)(outputs, targets)
+
+
+def accuracies(outputs: Tensor, targets: Tensor) -> Tensor | None:
+    """Returns the share of right answers of every task, ``(T,)``; None where targets are no classes."""
+    if targets.is_floating_point() or outputs.dim() != targets.dim() + 1:
+        return None
+    return (outputs.detach().argmax(-1) == targets).float().flatten(1).mean(1)
+
+
+def _over_tasks(function: Callable[..., Tensor], vectorized: bool, chunk_size: int | None) -> Callable[..., Tensor]:
+    if vectorized:
+        return vmap(function, randomness="different", chunk_size=chunk_size)
+
+    def one_after_the_other(first: Tensor | Mapping[str, Tensor], second: Tensor) -> Tensor:
+        if isinstance(first, Tensor):
+            return torch.stack([function(one, other) for one, other in zip(first, second, strict=True)])
+        each = [{name: value[task] for name, value in first.items()} for task in range(len(second))]
+        return torch.stack([function(one, other) for one, other in zip(each, second, strict=True)])
+
+    return one_after_the_other
