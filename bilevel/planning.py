@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, DataError
 from bilevel.feed import Feed
 from bilevel.hypergrad import Estimator
 from bilevel.levels import Dependencies, discover
@@ -51,10 +51,23 @@ class Planner:
         """Returns how gradients are taken, and the order of updates.
 
         Raises:
+            DataError: A loss cannot do without the batch that its problem has not got.
             ParameterError: A problem's optimiser no longer holds what it held.
             GraphError: The problems are no nested structure.
             ConfigError: Settings or methods that do not fit where a problem stands.
         """
+        try:
+            return self._planned(feed)
+        except TypeError as error:
+            missing = [name for name, each in self._problems.items() if each.data is None and feed.peek(name) is None]
+            if not missing:
+                raise
+            raise DataError(
+                f"a loss failed ({error}), and problems without data were handed no batch: {', '.join(missing)}. Pass "
+                f"data= to the problem, or the batch to the step: engine.step({{{missing[0]!r}: batch}})"
+            ) from error
+
+    def _planned(self, feed: Feed) -> tuple[Differentiator, Round]:
         for problem in self._problems.values():
             if problem.stepper is not None:
                 problem.stepper.check()
@@ -70,7 +83,7 @@ class Planner:
     def plan_early(self, feed: Feed) -> None:
         """Plans where every problem has data, or can do without."""
         try:
-            self.plan(feed)
+            self._planned(feed)
         except BilevelError:
             raise
         except Exception:

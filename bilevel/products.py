@@ -343,7 +343,8 @@ class FieldProducts(GradientGraph):
         columns = []
         for place, part in enumerate(like):
             for entry in range(part.numel()):
-                basis = [torch.zeros_like(other) for other in like]
+                # Contiguous whatever the layout of the gradients is: those of torch.func.vmap are often transposed.
+                basis = [torch.zeros_like(other, memory_format=torch.contiguous_format) for other in like]
                 basis[place].view(-1)[entry] = 1
                 image = self._differences.hessian(tuple(basis))
                 columns.append(torch.cat([piece.reshape(-1).to(torch.float64) for piece in image]))

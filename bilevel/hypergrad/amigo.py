@@ -20,9 +20,9 @@ class AmIGO(Stochastic):
     """Takes ``steps`` steps on ``(H + δI) q = v`` from the q of the call before, and pulls the new q back.
 
     With ``solver="sgd"`` a step is ``q ← q − ρ ((H + δI) q − v)`` on a fresh batch each; with one batch the error of q
-    falls by ``max |1 − ρλᵢ|^steps`` a call. ``"conjugate_gradient"`` needs a fixed system: all of its products are
-    taken on one batch. A further batch serves the mixed product. Source: Arbel and Mairal, ICLR 2022 (arXiv
-    2111.14580), algorithms 1 and 3; the inner steps are the inner problem's own.
+    falls by ``max |1 − ρh|^steps`` a call, h the eigenvalues of H. ``"conjugate_gradient"`` needs a fixed system: all
+    of its products are taken on one batch. A further batch serves the mixed product. Source: Arbel and Mairal, ICLR
+    2022 (arXiv 2111.14580), algorithms 1 and 3; the inner steps are the inner problem's own.
 
     Attributes:
         steps: Steps a call.

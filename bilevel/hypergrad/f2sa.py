@@ -23,7 +23,7 @@ class F2SA(Penalty):
 
         ‖bias‖ ≤ ‖v‖² (‖B‖ L_H / μ + L_B) / (2 μ² σ)
 
-    It is exact for quadratic f. y approaches its limit with the factor ``max |1 − η λᵢ(H)|`` a step there. Source: Kwon
+    It is exact for quadratic f. y approaches its limit with the factor ``max |1 − ηh|`` (h: eigenvalues). Source: Kwon
     et al., ICML 2023 (arXiv 2301.10945), algorithm 1; the bias is its lemma 3.1.
 
     Differences from the publication: F is linearised at w, since an estimator is given ``v = ∂F/∂w(w)`` and not F: y

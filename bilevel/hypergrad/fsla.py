@@ -22,9 +22,9 @@ MOMENTUM, INNER, OUTER = "momentum", "inner", "outer"
 class FSLA(Stochastic):
     """One step ``qₖ = qₖ₋₁ − ρ ((H + δI) qₖ₋₁ − v)`` a call, pulled back with variance-reducing momentum.
 
-    With ``p(w, λ, q; ξ) = −(∂²f/∂λ∂w) q`` on a batch ξ other than the step's,
+    With ``p(w, λ, q; s) = −(∂²f/∂λ∂w) q`` on a batch s other than the step's,
 
-        dₖ = p(wₖ, λₖ, qₖ; ξₖ) + (1 − η) (dₖ₋₁ − p(wₖ₋₁, λₖ₋₁, qₖ₋₁; ξₖ)),        d₁ = p(w₁, λ₁, q₁; ξ₁)
+        dₖ = p(wₖ, λₖ, qₖ; sₖ) + (1 − β) (dₖ₋₁ − p(wₖ₋₁, λₖ₋₁, qₖ₋₁; sₖ)),        d₁ = p(w₁, λ₁, q₁; s₁)
 
     is returned: the noise of the mixed derivative is averaged over calls. On one batch throughout, ``dₖ`` is p itself.
     The direct part ``∂F/∂λ`` is not the estimator's, and gets no momentum here. Source: Li, Gu, Huang, AAAI 2022 (arXiv
@@ -32,7 +32,7 @@ class FSLA(Stochastic):
 
     Attributes:
         step_size: ρ; below ``2 / (λmax + δ)``.
-        momentum: η in (0, 1]; 1 is none, and saves the products at the old point.
+        momentum: β in (0, 1]; 1 is none, and saves the products at the old point.
 
     Cost: 1 forward and 1 backward pass with graph for each separate batch (2), 2 products; from the second call on
         another 1, 1 and 1 at the old point. State: q, d, and copies of w and λ.

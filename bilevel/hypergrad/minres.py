@@ -19,8 +19,8 @@ class MINRES(Krylov):
     """Solves ``(H + δI) q = v`` by the minimum residual method: H may be indefinite, as at a saddle of the inner loss.
 
     The residual never grows. After k iterations it is at most ``min over polynomials p of degree k with p(0) = 1 of
-    max |p(λ)|`` over the eigenvalues of ``H + δI``: ``2 ((√κ − 1)/(√κ + 1))ᵏ`` where they are positive, ``2 ((κ −
-    1)/(κ + 1))^⌊k/2⌋`` where they have both signs, with ``κ = max |λ| / min |λ|``. An indefinite system that was solved
+    max |p(h)|`` over the eigenvalues h of ``H + δI``: ``2 ((√κ − 1)/(√κ + 1))ᵏ`` where they are positive, ``2 ((κ −
+    1)/(κ + 1))^⌊k/2⌋`` where they have both signs, with ``κ = max |h| / min |h|``. An indefinite system that was solved
     is ``CONVERGED``, with a message that the Hessian has a negative eigenvalue: the hypergradient is that of the
     stationary point. Source: Paige and Saunders 1975.
 

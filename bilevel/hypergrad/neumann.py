@@ -31,7 +31,7 @@ class Neumann(Preconditioned):
     Attributes:
         terms: K, the Hessian products taken. As in Betty, hypertorch, BOAT and TorchOpt the sum has K + 1 summands:
             ``terms=0`` is ``α v``.
-        step_size: α, or ``"auto"``: ``1 / λ_max`` from 8 Lanczos products, kept in the state and estimated again only
+        step_size: α, or ``"auto"``: ``1 / λmax`` from 8 Lanczos products, kept in the state and estimated again only
             when the series stops contracting.
         damping: δ ≥ 0; the system solved is ``(H + δI) q = v``.
         rtol: Stops before K terms once ``‖(H + δI)q − v‖ ≤ rtol ‖v‖``, which the series knows without a product.

@@ -29,19 +29,19 @@ TOLERATED_ROUNDING = 0.1
 class PZOBO(InnerUpdates):
     """Partial zeroth-order hypergradient: the response by forward differences, everything else exactly.
 
-    With Q random directions ``u_j`` in the space of the outer parameters,
+    With Q random directions ``z_j`` in the space of the outer parameters,
 
-        vᵀ dw_K/dλ ≈ 1/Q Σ_j ⟨(w_K(λ + μ u_j) − w_K(λ)) / μ, v⟩ u_j
+        vᵀ dw_T/dλ ≈ 1/Q Σ_j ⟨(w_T(λ + h z_j) − w_T(λ)) / h, v⟩ z_j
 
-    where ``w_K(·)`` is the end of the inner updates from the same start, on the same batches, with the same random
-    numbers. As ``E u uᵀ = I``, the mean is the derivative of the updates (what :class:`~bilevel.Unrolled` computes) up
-    to the smoothing: the error is at most ``μ M ‖u‖³ ‖v‖ / 2`` a direction, for a bound M of the second derivative of
-    ``w_K``. With Gaussian directions the variance is about ``(P + 1) / Q`` times the squared norm of the answer for P
+    where ``w_T(·)`` is the end of the inner updates from the same start, on the same batches, with the same random
+    numbers. As ``E z zᵀ = I``, the mean is the derivative of the updates (what :class:`~bilevel.Unrolled` computes) up
+    to the smoothing: the error is at most ``h M ‖z‖³ ‖v‖ / 2`` a direction, for a bound M of the second derivative of
+    ``w_T``. With Gaussian directions the variance is about ``(P + 1) / Q`` times the squared norm of the answer for P
     outer variables. First derivatives only. Source: Sow, Ji, Liang, NeurIPS 2022 (arXiv 2203.01123), equations 5 and 6.
 
     Attributes:
         num_directions: Q, or ``"all"`` for as many as there are outer variables (orthogonal directions only).
-        smoothing: μ, or ``"auto"``: ``√u · sqrt(1 + ‖λ‖) / √P`` with the round-off u of the parameters' dtype, so that
+        smoothing: h, or ``"auto"``: ``√u · sqrt(1 + ‖λ‖) / √P`` with the round-off u of the parameters' dtype, so that
             displacements have about the length that balances the errors of smoothing and of rounding.
         steps: As a function, the gradient steps to take from ``inner_params``. In an engine, how many of the last inner
             updates to repeat; None for all since the last outer update.
@@ -61,7 +61,7 @@ class PZOBO(InnerUpdates):
     Raises:
         ConfigError: ``"all"`` with Gaussian directions; more orthogonal directions than outer variables.
 
-    Cost: ``Q + 1`` times K forward and backward passes; as a function K of each of them make the steps.
+    Cost: ``Q + 1`` times T forward and backward passes; as a function T of each of them make the steps.
     """
 
     num_directions: int | str = 10

@@ -25,7 +25,7 @@ DOMINANCE = 1e-2
 
 @dataclass(frozen=True)
 class SAMA(SingleStep):
-    """Differentiates the inner optimiser's step ``w⁺ = w − u(g)``: ``vᵀ dw⁺/dλ = −((∂u/∂g)ᵀ v)ᵀ ∂²f/∂w∂λ``.
+    """Differentiates the inner optimiser's step ``w⁺ = w − U(g)``: ``vᵀ dw⁺/dλ = −((∂U/∂g)ᵀ v)ᵀ ∂²f/∂w∂λ``.
 
     The cotangent is pulled back through the optimiser's own update, at the gradient and the state of the step that was
     made: exactly, by autograd, with momentum, bias correction and decoupled weight decay as they are. The state before
@@ -33,12 +33,12 @@ class SAMA(SingleStep):
 
     Source: Choe et al., NeurIPS 2023 (arXiv 2310.05674), equations 3 to 5: identity for the Hessian in the implicit
     derivative of the optimiser's fixed point, and a central difference at the new point. Three things differ. The
-    published closed form of ``∂u/∂g`` for Adam is replaced by the derivative of the update itself. The published code
+    published closed form of ``∂U/∂g`` for Adam is replaced by the derivative of the update itself. The published code
     leaves the bias correction out, which is 5.8 × too large at the fifth step. The published algorithm also moves the
     inner parameters along v after each outer step, which an estimator does not do.
 
     Where Adam has seen nothing but zero gradients in a coordinate (an embedding that did not occur), it divides by its
-    ε alone: ``∂u/∂g`` is about ``10⁵`` to ``10⁸`` times the learning rate there, and a displacement along the direction
+    ε alone: ``∂U/∂g`` is about ``10⁵`` to ``10⁸`` times the learning rate there, and a displacement along the direction
     would move nothing else. Where such coordinates make up more than 99 % of the direction's length the rest gets a
     difference of its own. The error of a difference is proportional to the direction's length, which the message tells.
 

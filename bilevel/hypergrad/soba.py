@@ -17,7 +17,7 @@ class SOBA(Stochastic):
     """Pulls back the q that the call before left, and takes one step ``q ← q − ρ ((H + δI) q − v)`` for the next.
 
     Both directions are taken at the same point, so that one backward pass gives both products. At a fixed point with
-    one batch the error of q falls by ``max |1 − ρλᵢ|`` a call over the Hessian's eigenvalues λᵢ. The first call pulls
+    one batch the error of q falls by ``max |1 − ρh|`` a call over the Hessian's eigenvalues h. The first call pulls
     back ``q = 0``: it returns the direct part alone. Source: Dagréou, Ablin, Vaiter, Moreau, NeurIPS 2022 (arXiv
     2201.13409), equations 5 to 7; the inner step is the inner problem's own.
 

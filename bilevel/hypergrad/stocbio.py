@@ -15,14 +15,14 @@ __all__ = ["StocBiO"]
 
 @dataclass(frozen=True)
 class StocBiO(Stochastic):
-    """``q = ρ Σₖ₌₀ᵀ Πⱼ₌₁ᵏ (I − ρHⱼ) v`` for T ``terms``, with a batch of its own in every factor; no warm start.
+    """``q = ρ Σₖ₌₀ᴷ Πⱼ₌₁ᵏ (I − ρHⱼ) v`` for K ``terms``, with a batch of its own in every factor; no warm start.
 
-    On one batch that is :class:`~bilevel.Neumann` with ``terms=T``. Over independent batches its mean is the series of
+    On one batch that is :class:`~bilevel.Neumann` with ``terms=K``. Over independent batches its mean is the series of
     the mean Hessian. A further batch serves the mixed product. Source: Ji, Yang, Liang, ICML 2021 (arXiv 2010.07962),
     algorithm 3.
 
     Attributes:
-        terms: T, the Hessian products taken; the sum has T + 1 summands.
+        terms: K, the Hessian products taken; the sum has K + 1 summands.
         step_size: ρ; below ``2 / (λmax + δ)``.
 
     Cost: 1 forward and 1 backward pass with graph for each separate batch (terms + 1 of them), terms + 1 products.

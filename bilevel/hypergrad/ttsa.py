@@ -19,15 +19,15 @@ GENERATOR = "generator"
 
 @dataclass(frozen=True)
 class TTSA(Stochastic):
-    """``q = N ρ Πⱼ₌₁ᵖ (I − ρHⱼ) v`` with p uniform in ``{0, …, N − 1}`` for N ``terms``, each factor on its own batch.
+    """``q = K ρ Πⱼ₌₁ᵖ (I − ρHⱼ) v`` with p uniform in ``{0, …, K − 1}`` for K ``terms``, each factor on its own batch.
 
-    Over p its mean is the truncated series ``ρ Σₖ₌₀ᴺ⁻¹ (I − ρH)ᵏ v``: half the products of the sum on average, for a
+    Over p its mean is the truncated series ``ρ Σₖ₌₀ᴷ⁻¹ (I − ρH)ᵏ v``: half the products of the sum on average, for a
     large variance. A single call's residual is that of one draw, often above 1. A further batch serves the mixed
     product. Sources: Hong, Wai, Wang, Yang 2020 (arXiv 2007.05170); Ghadimi and Wang 2018 (arXiv 1802.02246).
     Decreasing step sizes for the two levels are the optimisers' business.
 
     Attributes:
-        terms: N, the summands of the series that a call is right for on average.
+        terms: K, the summands of the series that a call is right for on average.
         step_size: ρ; below ``2 / (λmax + δ)``.
         seed: Of the draws of p. Data-parallel ranks draw alike.
 

@@ -24,7 +24,7 @@ __all__ = ["Unrolled"]
 
 @dataclass(frozen=True)
 class Unrolled(InnerUpdates):
-    """Differentiates the inner updates: ``dw_K/dλ`` for ``w_{t+1} = U_t(w_t, ∇f(w_t, λ))``.
+    """Differentiates the inner updates: ``dw_T/dλ`` for ``w_{t+1} = U_t(w_t, ∇f(w_t, λ))``.
 
     w₀ is a constant, unless the inner problem starts from outer parameters (``Problem(reset=...)``): then ``dw₀/dλ`` is
     the identity there.
@@ -34,7 +34,7 @@ class Unrolled(InnerUpdates):
     truncation: Shaban et al., AISTATS 2019 (arXiv 1810.10667).
 
     For gradient steps on a loss with ``μI ≼ ∂²f/∂w² ≼ LI`` and ``η ≤ 2 / (μ + L)``, started or truncated at the
-    solution, the error is at most ``(1 − ημ)ᴷ ‖∂²f/∂w∂λ‖ ‖v‖ / μ``.
+    solution, the error is at most ``(1 − ημ)^T ‖∂²f/∂w∂λ‖ ‖v‖ / μ``.
 
     Attributes:
         steps: As a function (:func:`bilevel.hypergradient`), the gradient steps to take from ``inner_params``; the

@@ -53,7 +53,8 @@ def dense_matrix(operator: Operator, like: Tensors) -> Tensor:
     columns = []
     for place, part in enumerate(like):
         for entry in range(part.numel()):
-            basis = [torch.zeros_like(other) for other in like]
+            # Contiguous whatever the layout of the gradients is: those of torch.func.vmap are often transposed.
+            basis = [torch.zeros_like(other, memory_format=torch.contiguous_format) for other in like]
             basis[place].view(-1)[entry] = 1
             columns.append(torch.cat([piece.reshape(-1).to(torch.float64) for piece in operator(tuple(basis))]))
     return torch.stack(columns, dim=1)

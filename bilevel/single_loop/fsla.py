@@ -21,15 +21,15 @@ DIRECT = "direct"
 
 @dataclass(frozen=True, kw_only=True)
 class FSLA(Estimated):
-    """One step each on w, q and λ, the last along ``dₜ = p(uₜ; ξₜ) + (1 − ηₜ)(dₜ₋₁ − p(uₜ₋₁; ξₜ))``.
+    """One step each on w, q and λ, the last along ``dₜ = p(uₜ; sₜ) + (1 − βₜ)(dₜ₋₁ − p(uₜ₋₁; sₜ))``.
 
-    ``p(w, q, λ; ξ) = ∂F/∂λ − (∂²f/∂λ∂w) q`` on an inner and an outer batch of its own; the implicit part of d is the
-    estimator :class:`bilevel.hypergrad.fsla.FSLA`. All steps decrease as t^(−1/2), and η as well. Source: Li, Gu,
+    ``p(w, q, λ; s) = ∂F/∂λ − (∂²f/∂λ∂w) q`` on an inner and an outer batch of its own; the implicit part of d is the
+    estimator :class:`bilevel.hypergrad.fsla.FSLA`. All steps decrease as t^(−1/2), and β as well. Source: Li, Gu,
     Huang, AAAI 2022 (arXiv 2112.04660), algorithm 1.
 
     Attributes:
-        momentum: η of the first step, in (0, 1]; 1 is none.
-        momentum_decay: ηₜ is ``momentum (t + 1)^(−momentum_decay)``.
+        momentum: β of the first step, in (0, 1]; 1 is none.
+        momentum_decay: βₜ is ``momentum (t + 1)^(−momentum_decay)``.
 
     Cost of an update: over an inner batch 1 forward and 1 backward pass for w, 1 and 2 each for the step on q, the
         mixed product, and the one at the old point; 3 forward and 3 backward passes over an outer batch.
@@ -50,7 +50,7 @@ class FSLA(Estimated):
     def estimator(self, step: int) -> Stochastic:
         """See :meth:`Estimated.estimator`."""
         momentum = self.momentum * (step + 1.0) ** -self.momentum_decay
-        if momentum == 1.0 and self.momentum_decay > 0.0:  # with η = 1 nothing is kept for a later call with less
+        if momentum == 1.0 and self.momentum_decay > 0.0:  # with β = 1 nothing is kept for a later call with less
             momentum = math.nextafter(1.0, 0.0)
         return fsla.FSLA(step_size=self.lengths(step)[1], momentum=momentum)
 

@@ -668,3 +668,26 @@ def test_a_property_s_own_attribute_error_is_not_taken_for_a_problem_s_name():
         _ = broken.scaled
     with pytest.raises(AttributeError, match="no problem has this name"):
         _ = broken.sclaed
+
+
+class Unpacks(Problem):
+    def loss(self, batch):
+        x, y = batch
+        return ((self(x) + self.fitted.module.weight) - y).square().mean()
+
+
+class Fitted(Problem):
+    def loss(self, batch):
+        return (self.module.weight - self.unpacks.module.weight).square().sum()
+
+
+def test_a_step_without_the_batch_that_a_loss_unpacks_says_so():
+    unpacks, fitted = (
+        kind(nn.Linear(1, 1), params="weight", optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+        for kind in (Unpacks, Fitted)
+    )
+    engine = Engine([unpacks, fitted], EngineConfig(progress=False))
+    message = r"cannot unpack.*handed no batch: unpacks, fitted\. Pass data= to the problem.*\{'unpacks': batch\}\)"
+    with pytest.raises(DataError, match=message):
+        engine.step()
+    engine.step({"unpacks": (torch.ones(2, 1), torch.zeros(2, 1))})

@@ -339,3 +339,8 @@ def test_dense_works_on_tensors_of_any_shape() -> None:
     solution = dense(operator, (v[:6].reshape(2, 3), v[6]))
     assert [part.shape for part in solution.q] == [(2, 3), ()]
     torch.testing.assert_close(torch.cat([part.reshape(-1) for part in solution.q]), torch.linalg.solve(H, v))
+
+
+def test_cotangents_need_not_be_contiguous() -> None:
+    v = torch.arange(6.0).reshape(2, 3).T
+    assert torch.equal(dense(lambda x: (2 * x[0],), (v,)).q[0], v / 2)
