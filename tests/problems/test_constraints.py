@@ -350,7 +350,7 @@ def test_steps_of_adam_end_at_the_constrained_minimum_of_a_box_and_not_of_a_simp
     found = engine(given, Box(-0.4, 0.6), "exact", torch.zeros(4).double(), steps=1500, optimizer=adam)
     found.step()
     assert torch.allclose(found.problems["inner"].module["w"], box_solution(H, C @ lam + b, -0.4, 0.6), atol=1e-4)
-    w = torch.full((4,), 0.25, dtype=DOUBLE, requires_grad=True)
+    w = torch.tensor([0.1, 0.1, 0.1, 0.7], dtype=DOUBLE, requires_grad=True)
     optimizer = adam([w])
     for _ in range(1500):
         w.grad = (H @ w - C @ lam - b).detach()
@@ -358,7 +358,7 @@ def test_steps_of_adam_end_at_the_constrained_minimum_of_a_box_and_not_of_a_simp
         with torch.no_grad():
             w.copy_(Simplex().project(w))
     w = w.detach()
-    assert float((w - simplex_solution(H, C @ lam + b)).norm()) > 0.1
+    assert float((w - simplex_solution(H, C @ lam + b)).norm()) > 1e-3
     for constraint in (Simplex(), Ball(1.0)):
         with pytest.raises(ConfigError, match=r"projected steps of Adam on .* end elsewhere.*use torch\.optim\.SGD"):
             engine(given, constraint, "exact", torch.zeros(4).double(), optimizer=adam)
