@@ -75,7 +75,7 @@ class NestedQuadratic(Data):
             check_integer("NestedQuadratic", "sizes", size, minimum=1)
         check_number("NestedQuadratic", "conditioning", conditioning, minimum=1.0)
         normal = normals(seed)
-        spectra = [conditioning ** -torch.linspace(1, 0, size, dtype=torch.float64) for size in sizes]
+        spectra = [conditioning ** -torch.linspace(0, 1, size, dtype=torch.float64) for size in sizes]
         H = tuple(with_spectrum(spectrum, normal(len(spectrum), len(spectrum))) for spectrum in spectra)
         pairs = list(itertools.pairwise(sizes))
         return cls(

@@ -97,7 +97,7 @@ class Quadratic(Analytic):
         check_number("Quadratic", "largest", largest, minimum=0.0, exclusive=True)
         normal = normals(seed)
         if spectrum is None:
-            spectrum = largest * conditioning ** -torch.linspace(1, 0, inner, dtype=torch.float64)
+            spectrum = largest * conditioning ** -torch.linspace(0, 1, inner, dtype=torch.float64)
         elif spectrum.shape != (inner,) or not bool((spectrum > 0).all()):
             raise ConfigError(
                 f"Quadratic.spectrum must be {inner} positive eigenvalues, one for each inner variable; it has shape "
