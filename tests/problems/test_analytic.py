@@ -178,7 +178,7 @@ def test_engines_reach_the_optimum() -> None:
     engine = Engine(nested.problems(steps=8), QUIET, hypergradient="exact")
     engine.run(12)
     assert distance(engine.problems["level_0"].module["value"], nested.optimum()) < 1e-2
-    ridge = Ridge.random(4, 15, seed=2)
+    ridge = Ridge.random(8, 10, noise=2.0, seed=1)
     engine = Engine(ridge.problems(steps=20), QUIET, hypergradient="exact")
     engine.run(120)
     assert distance(engine.problems["outer"].module["value"], ridge.optimum()) < 1e-2

@@ -44,7 +44,7 @@ class Quadratic(Analytic):
         >>> found = hypergradient(problem.inner_loss, problem.outer_loss, w, lam, "conjugate_gradient")
         >>> torch.allclose(found.grad, problem.hypergradient(lam), rtol=1e-4)
         True
-        >>> engine = Engine(problem.problems(steps=20), EngineConfig(steps=50, progress=False), hypergradient="exact")
+        >>> engine = Engine(problem.problems(steps=20), EngineConfig(steps=100, progress=False), hypergradient="exact")
         >>> _ = engine.run()
         >>> torch.allclose(engine.problems["outer"].module["value"], problem.optimum(), atol=1e-4)
         True
