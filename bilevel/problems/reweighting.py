@@ -1,0 +1,270 @@
+"""Per-example weights: how far each training example is to be trusted, learned from examples that are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from bilevel.data.indexed import Indexed
+from bilevel.errors import ConfigError, DataError, LossError
+from bilevel.problems.supervised import Criterion, Training, Validation, counterpart
+from bilevel.validation import check_choice, check_integer, check_number
+
+__all__ = [
+    "ExampleWeights",
+    "Reweighted",
+    "check_index_range",
+    "check_indices",
+    "example_losses",
+    "indexed_batch",
+    "squared_norm",
+]
+
+FORMS = ("sigmoid", "softmax")
+
+
+class ExampleWeights(Validation):
+    """The outer problem of hyper-cleaning: one weight for each training example.
+
+        min over λ of F(w*(λ)),      w*(λ) = argmin over w of (1/n) Σᵢ sᵢ(λ) ℓ(w; xᵢ, yᵢ) + δ/2 ‖w‖²
+
+    F is the trained model's loss on examples that can be trusted (this problem's ``data``), the weights are
+    ``sᵢ = σ(λᵢ)``, each in (0, 1), or ``s = n softmax(λ)``, which have the mean 1. The inner problem is
+    :class:`Reweighted`. The hypergradient is ``dF/dλᵢ = −(1/n) ∂sᵢ/∂λᵢ ⟨∇ℓᵢ, q⟩`` with ``q = H⁻¹ ∂F/∂w``: an example
+    gains weight where a step on it alone would lower F.
+
+    With more weights than trusted examples, F can be fitted by choosing among wrong examples too: watch a part of the
+    trusted examples that F does not see, and stop when its loss rises.
+
+    Args:
+        num_examples: n, the size of the training set.
+        form: ``"sigmoid"`` or ``"softmax"``.
+        initial: Every weight at the start, between 0 and 1, for ``"sigmoid"``. Where most examples are expected to be
+            wrong, a small one lets them earn their weight.
+        training: See :class:`~bilevel.problems.Validation`.
+        criterion: See :class:`~bilevel.problems.Validation`.
+        settings: Those of :class:`~bilevel.Problem`: optimizer, data, ….
+
+    Attributes:
+        module: Holds λ as ``logits``, of shape (n,).
+
+    Raises:
+        ConfigError: ``num_examples`` below 1, or an ``initial`` that is no weight.
+        UnknownNameError: Another form.
+
+    Cost: 1 forward pass of the model a loss; n numbers, and the optimiser's state for them.
+
+    Source: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization", arXiv 1703.01785,
+    section 5.1.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import Engine, EngineConfig
+        >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
+        >>> engine = Engine(
+        ...     [
+        ...         ExampleWeights(40, data=[(x, y)], optimizer=lambda params: torch.optim.Adam(params, lr=0.1)),
+        ...         Reweighted(
+        ...             nn.Linear(3, 2),
+        ...             weight_decay=0.01,
+        ...             data=[(x, y, torch.arange(40))],
+        ...             optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
+        ...             steps=5,
+        ...         ),
+        ...     ],
+        ...     EngineConfig(steps=2, progress=False),
+        ...     hypergradient="identity",
+        ... )
+        >>> result = engine.run()
+        >>> engine.problems["example_weights"].weights().shape
+        torch.Size([40])
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        form: str = "sigmoid",
+        initial: float = 0.5,
+        training: str | None = None,
+        criterion: Criterion | None = None,
+        **settings: Any,
+    ) -> None:
+        owner = type(self).__name__
+        check_integer(owner, "num_examples", num_examples, minimum=1)
+        check_choice(owner, "form", form, FORMS)
+        check_number(owner, "initial", initial, minimum=0.0, exclusive=True)
+        if initial >= 1:
+            raise ConfigError(f"{owner}.initial must be a weight between 0 and 1, not {initial!r}")
+        if form == "softmax" and initial != 0.5:
+            raise ConfigError(f"{owner}: weights of the form 'softmax' have the mean 1: drop initial={initial!r}")
+        logits = torch.full((num_examples,), initial).logit()
+        super().__init__(nn.ParameterDict({"logits": logits}), training=training, criterion=criterion, **settings)
+        self.num_examples = num_examples
+        self.form = form
+
+    def weights(self, indices: Tensor | None = None) -> Tensor:
+        """Returns the weights of some examples, or of all, of shape (number of them,).
+
+        Raises:
+            DataError: An index for which there is no weight.
+        """
+        if indices is not None:
+            check_indices(self.name, indices, self.num_examples)
+        logits = self.module.logits
+        assert isinstance(logits, Tensor)
+        if self.form == "softmax":
+            weights = self.num_examples * logits.softmax(0)
+            return weights if indices is None else weights[indices]
+        return (logits if indices is None else logits[indices]).sigmoid()
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Returns the mean weight, and how many examples of equal weight would vary as little: ``(Σ s)² / Σ s²``."""
+        weights = self.weights().detach()
+        return {
+            "mean_weight": float(weights.mean()),
+            "effective_examples": float(weights.sum().square() / weights.square().sum()),
+        }
+
+
+class Reweighted(Training):
+    """The inner problem of hyper-cleaning: a model fitted to examples by their weights.
+
+    The loss is ``(1/b) Σᵢ sᵢ ℓᵢ + weight_decay/2 ‖w‖²`` over a batch ``(inputs, targets, indices)`` of b examples, with
+    the weights of the engine's :class:`ExampleWeights`; :class:`~bilevel.data.Indexed` adds the indices to a data set.
+    It is divided by b, not by the sum of the weights, so that batches are unbiased.
+
+    Args:
+        module: The model.
+        weights: The name of the problem that holds the weights; None where the engine has one
+            :class:`ExampleWeights` only.
+        criterion: ``(outputs, targets, reduction="none") -> one value an example``; the cross-entropy by default. Where
+            it returns more (tokens, pixels), their mean is the example's loss.
+        weight_decay: δ of ``δ/2 ‖w‖²`` over the owned parameters. Unlike an optimiser's, it is part of the loss, so
+            that hypergradients know of it.
+        settings: Those of :class:`~bilevel.Problem`: optimizer, data, steps, ….
+
+    Raises:
+        ConfigError: A negative ``weight_decay``.
+        DataError: Batches without indices, or weights for examples that are not in the data set.
+        LossError: A criterion that reduces.
+
+    Cost: 1 forward pass a loss.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        weights: str | None = None,
+        criterion: Criterion = F.cross_entropy,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        check_number(type(self).__name__, "weight_decay", weight_decay, minimum=0.0)
+        super().__init__(module, criterion=criterion, **settings)
+        self.weights_name = weights
+        self.weight_decay = weight_decay
+
+    def attach(self, siblings: Mapping[str, Any]) -> None:
+        """Compares the number of weights with that of the training examples, where it is known."""
+        super().attach(siblings)
+        outer = self.example_weights()
+        check_index_range(self, outer.name, outer.num_examples, "weights")
+
+    def example_weights(self) -> ExampleWeights:
+        """Returns the outer problem."""
+        return counterpart(self, ExampleWeights, self.weights_name)
+
+    def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
+        """Returns the weighted loss on a batch, with the model's outputs."""
+        inputs, targets, indices = indexed_batch(self.name, batch)
+        outputs = self(inputs)
+        losses = example_losses(self.name, self.criterion, outputs, targets)
+        weights = self.example_weights().weights(indices)
+        value = (weights * losses).mean()
+        if self.weight_decay:
+            value = value + self.weight_decay / 2 * squared_norm(self)
+        return {"loss": value, "outputs": outputs}
+
+
+def indexed_batch(name: str, batch: Any) -> tuple[Any, Any, Tensor]:
+    """Returns inputs, targets and indices.
+
+    Raises:
+        DataError: A batch of another form.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 3:
+        came = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+        raise DataError(
+            f"problem {name!r} needs batches (inputs, targets, indices), and got {came}: wrap its data set in "
+            "bilevel.problems.Indexed, which adds the indices"
+        )
+    inputs, targets, indices = batch
+    return inputs, targets, indices
+
+
+def check_indices(name: str, indices: object, size: int) -> None:
+    """Raises unless each index is one of ``size`` examples.
+
+    Raises:
+        DataError: It is not, or is no integer.
+    """
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise DataError(f"problem {name!r}: indices of examples must be a tensor of integers, not {kind}")
+    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < size):
+        raise DataError(
+            f"problem {name!r} has {size} examples, and a batch has the indices {int(indices.min())} to "
+            f"{int(indices.max())}: these are examples that are not in the data set. Count them from 0, and give "
+            "num_examples=len(training set)"
+        )
+
+
+def check_index_range(problem: Training, outer: str, size: int, what: str) -> None:
+    """Raises unless as many examples have indices as ``size``, where the number is known.
+
+    Args:
+        problem: Whose data has the indices.
+        outer: The problem that holds something for each example.
+        size: For how many.
+        what: What that is: ``"weights"``.
+
+    Raises:
+        DataError: There are more or fewer.
+    """
+    dataset = problem.data.dataset if isinstance(problem.data, DataLoader) else None
+    while isinstance(dataset, Subset):  # of an indexed data set: its indices are those of the whole
+        dataset = dataset.dataset
+    if isinstance(dataset, Indexed) and len(dataset) != size:
+        wrong = "examples that are not in the data set have some" if size > len(dataset) else "some examples have none"
+        raise DataError(
+            f"problem {outer!r} has {what} for {size} examples, and the data set of problem {problem.name!r} has "
+            f"{len(dataset)}: {wrong}. Make both from the same training set"
+        )
+
+
+def example_losses(name: str, criterion: Criterion, outputs: Any, targets: Any) -> Tensor:
+    """Returns a criterion's value for each example, of shape (b,).
+
+    Raises:
+        LossError: The criterion reduces.
+    """
+    losses = criterion(outputs, targets, reduction="none")
+    if losses.ndim == 0:
+        raise LossError(
+            f"the criterion of problem {name!r} returned one number for a batch: with reduction='none' it must return "
+            "one for each example"
+        )
+    return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
+
+
+def squared_norm(problem: Training) -> Tensor:
+    """Returns ``‖w‖²`` over the parameters that a problem owns, as its module holds them at this moment."""
+    held = dict(problem.module.named_parameters())
+    return torch.stack([held[name].square().sum() for name in problem.parameter_names]).sum()
