@@ -95,6 +95,11 @@ class Analytic(Data, ABC):
     def outer_optimizer(self, parameters: Any) -> Optimizer:
         """Makes the optimiser that the outer problem has by default."""
 
+    def step_size(self, lam: Tensor) -> float:
+        """Returns the best size of gradient steps on f: ``2 / (μ + L)`` for the Hessian's extreme eigenvalues."""
+        eigenvalues = torch.linalg.eigvalsh(self.hessian(lam))
+        return 2 / float(eigenvalues[0] + eigenvalues[-1])
+
     @property
     @abstractmethod
     def start(self) -> Tensor:
@@ -129,14 +134,12 @@ class Analytic(Data, ABC):
         Args:
             lam: λ to start from.
             w: w to start from; the solution by default, where implicit methods are exact but for their own error.
-            inner_optimizer: Makes the inner optimiser; gradient steps of size ``2 / (μ + L)`` by default, for the
-                extreme eigenvalues μ and L of the Hessian at the start.
+            inner_optimizer: Makes the inner optimiser; gradient steps of :meth:`step_size` by default.
             outer_optimizer: Makes the outer optimiser; :meth:`outer_optimizer` by default.
             settings: Further ones of the inner :class:`~bilevel.Problem`: steps, hypergradient, ….
         """
         lam = self.start if lam is None else lam
-        eigenvalues = torch.linalg.eigvalsh(self.hessian(lam))
-        rate = 2 / float(eigenvalues[0] + eigenvalues[-1])
+        rate = self.step_size(lam)
         names = ("inner", "outer")
         outer = Variable(lam, self.outer_loss, names, name="outer", optimizer=outer_optimizer or self.outer_optimizer)
         inner = Variable(

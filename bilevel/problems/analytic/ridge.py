@@ -91,6 +91,13 @@ class Ridge(Analytic):
         """See :meth:`Analytic.outer_loss`."""
         return (self.U @ w - self.z).square().mean() / 2
 
+    def step_size(self, lam: Tensor) -> float:
+        """Returns ``1 / (L + 1)`` for the largest eigenvalue L of ``XᵀX/n``: stable up to a decay of ``L + 2``.
+
+        The best size would be too large as soon as an outer step raises the decay.
+        """
+        return 1 / (float(torch.linalg.eigvalsh(self.X.T @ self.X)[-1]) / len(self.X) + 1)
+
     def solution(self, lam: Tensor) -> Tensor:
         """See :meth:`Analytic.solution`."""
         found: Tensor = torch.linalg.solve(self.hessian(lam), self.X.T @ self.y / len(self.y))
