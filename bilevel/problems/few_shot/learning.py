@@ -61,7 +61,7 @@ class MetaLearner(Problem):
     Example:
         >>> import torch
         >>> from bilevel import Engine, EngineConfig
-        >>> from bilevel.data.episodes import Episodes
+        >>> from bilevel.problems import Episodes
         >>> images, labels = torch.randn(40, 8), torch.arange(40) % 8
         >>> episodes = Episodes((images, labels), ways=3, shots=1, queries=4, tasks=2)
         >>> network = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -166,8 +166,8 @@ class Adaptation(Problem):
 
     Args:
         network: The network, the same object as that of :class:`MetaLearner`.
-        tasks: Where tasks come from: :class:`~bilevel.data.episodes.Episodes`, a list of
-            :class:`~bilevel.data.episodes.TaskBatch` that is gone through again and again, or whatever else returns a
+        tasks: Where tasks come from: :class:`~bilevel.problems.Episodes`, a list of
+            :class:`~bilevel.problems.TaskBatch` that is gone through again and again, or whatever else returns a
             batch for ``tasks[number]``. All batches have as many tasks.
         params: Which of the network's parameters adapt: patterns over their names, or a predicate ``(name, parameter)
             -> bool``. All trainable ones by default.
@@ -406,7 +406,7 @@ def _batch(source: TaskSource | Sequence[TaskBatch], number: int, name: str) -> 
     batch = source[number]
     if not isinstance(batch, TaskBatch):
         raise DataError(
-            f"problem {name!r} needs batches of tasks (bilevel.data.episodes.TaskBatch); tasks[{number}] is a "
+            f"problem {name!r} needs batches of tasks (bilevel.problems.TaskBatch); tasks[{number}] is a "
             f"{type(batch).__name__}"
         )
     if len({len(part) for part in batch}) > 1:
