@@ -1,0 +1,174 @@
+"""Few-shot learning on Omniglot: six algorithms that are one engine, beside learning every task from nothing.
+
+OMNIGLOT=FOLDER python -m benchmarks.tutorials few_shot --budget full     # background_small1.npz, background_small2.npz
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from benchmarks.tutorials.study import Estimate, Study, Table
+from bilevel import EngineConfig
+from bilevel.errors import BilevelWarning, ConfigError
+from examples import few_shot as recipe
+
+
+@dataclass(frozen=True)
+class Budget:
+    seeds: int
+    steps: int
+    test_batches: int  # of 20 tasks
+    shots: tuple[int, ...]
+    test_steps: tuple[int, ...]  # of adaptation
+    workers: int = 1
+    omniglot: bool = False
+
+
+SMALL = Budget(seeds=1, steps=3, test_batches=1, shots=(1,), test_steps=(0, 5))
+FULL = Budget(
+    seeds=3,
+    steps=1000,
+    test_batches=30,
+    shots=(1, 5),
+    test_steps=(0, 1, 2, 3, 5, 10, 20),
+    workers=os.cpu_count() or 1,
+    omniglot=True,
+)
+
+NAMES = {
+    "maml": "MAML",
+    "first_order": "first-order MAML",
+    "anil": "ANIL",
+    "imaml": "implicit MAML",
+    "meta_sgd": "Meta-SGD",
+    "protomaml": "ProtoMAML",
+}
+SCRATCH = "a network from nothing, task by task"
+PIXELS = "nearest neighbour of the pixels"
+# Rates, chosen on classes of the training file that were held out: see the page.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+SCRATCH_STEPS, SCRATCH_RATE = 50, 0.1
+
+
+def run(budget: Budget) -> Study:
+    folder = _folder(budget)
+    jobs = [
+        (algorithm, shots, seed, folder, budget)
+        for shots, algorithm, seed in product(budget.shots, [*NAMES, "scratch"], range(budget.seeds))
+    ]
+    # The longest first, so that none is left over at the end.
+    jobs.sort(key=lambda job: (job[0] not in ("imaml", "protomaml"), -job[1]))
+    if budget.workers == 1:
+        found = [_learned(job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(budget.workers, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(_learned, jobs))
+    results = {job[:3]: result for job, result in zip(jobs, found, strict=True)}
+    seeds, columns, rows = range(budget.seeds), [f"{shots}-shot" for shots in budget.shots], []
+    for algorithm, name in {"pixels": PIXELS, "scratch": SCRATCH, **NAMES}.items():
+        cells: list[Any] = []
+        for shots in budget.shots:
+            if algorithm == "pixels":
+                cells.append(Estimate.of([_neighbours(folder, shots, budget)], digits=1, percent=True))
+                continue
+            rights = [results[algorithm, shots, seed]["accuracy"] for seed in seeds]
+            cells.append(Estimate.of(rights, digits=1, percent=True))
+        seconds = [results[algorithm, s, seed]["ms"] for s in budget.shots[:1] for seed in seeds if algorithm in NAMES]
+        rows.append([name, *cells, Estimate.of(seconds, digits=0) if seconds else ""])
+    curves = {
+        str(shots): {
+            algorithm: [
+                Estimate.of([results[algorithm, shots, seed]["curve"][place] for seed in seeds]).mean
+                for place in range(len(budget.test_steps))
+            ]
+            for algorithm in NAMES
+        }
+        for shots in budget.shots
+    }
+    table = Table(["5-way accuracy on new characters", *columns, "ms an outer step, 1-shot"], rows)
+    return Study({"accuracy": table}, {"steps": list(budget.test_steps), "curves": curves})
+
+
+def draw(study: Study, figure: Any) -> None:
+    """Accuracy against the steps of adaptation at test."""
+    panels = figure.subplots(1, len(study.data["curves"]), sharey=True, squeeze=False)[0]
+    steps = study.data["steps"]
+    for axes, (shots, curves) in zip(panels, study.data["curves"].items(), strict=True):
+        for algorithm, marker in zip(NAMES, "osD^vX", strict=True):
+            rights = [100 * right for right in curves[algorithm]]
+            axes.plot(range(len(steps)), rights, marker=marker, markersize=5, label=NAMES[algorithm])
+        axes.set_xticks(range(len(steps)), steps)
+        axes.set_title(f"5-way {shots}-shot")
+        axes.set_xlabel("steps of adaptation at test")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("accuracy on new characters (%)")
+    panels[-1].legend(loc="lower right", frameon=False)
+
+
+def configured(algorithm: str, shots: int, seed: int, folder: str, budget: Budget) -> Any:
+    """Returns the recipe's configuration with the rates of an algorithm."""
+    settings = {**SETTINGS.get(algorithm, {}), "shots": shots, "seed": seed, "data": folder}
+    known = replace(
+        recipe.DEFAULTS.recipe,
+        algorithm="maml" if algorithm == "scratch" else algorithm,
+        **settings,
+    )
+    return replace(recipe.DEFAULTS, engine=EngineConfig(steps=budget.steps, progress=False), recipe=known)
+
+
+def _learned(job: tuple[str, int, int, str, Budget]) -> dict[str, Any]:
+    """Learns one initialisation, and tries it on new tasks with several numbers of steps."""
+    algorithm, shots, seed, folder, budget = job
+    torch.set_num_threads(1)
+    engine = recipe.build(configured(algorithm, shots, seed, folder, budget))
+    inner: Any = engine.problems["adaptation"]
+    if algorithm == "scratch":
+        for group in inner.optimizer.param_groups:
+            group["lr"] = SCRATCH_RATE
+        found = inner.assess(inner.held_out, budget.test_batches, SCRATCH_STEPS)
+        return {"accuracy": float(found.accuracies.mean())}
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BilevelWarning)  # five iterations do not solve implicit MAML's system
+        for _ in range(budget.steps):
+            engine.step()
+    spent = time.perf_counter() - started
+    curve = [
+        float(inner.assess(inner.held_out, budget.test_batches, steps).accuracies.mean()) for steps in budget.test_steps
+    ]
+    return {
+        "accuracy": float(inner.assess(inner.held_out, budget.test_batches).accuracies.mean()),
+        "curve": curve,
+        "ms": 1e3 * spent / budget.steps,
+    }
+
+
+def _neighbours(folder: str, shots: int, budget: Budget) -> float:
+    """Returns how often the support example whose pixels are nearest is of the right class."""
+    inner: Any = recipe.build(configured("scratch", shots, 0, folder, budget)).problems["adaptation"]
+    rights: list[float] = []
+    for number in range(budget.test_batches):
+        batch = inner.held_out[number]
+        distances = torch.cdist(batch.query_inputs.flatten(2), batch.support_inputs.flatten(2))
+        nearest = batch.support_targets.gather(1, distances.argmin(2))
+        rights.append(float((nearest == batch.query_targets).float().mean()))
+    return sum(rights) / len(rights)
+
+
+def _folder(budget: Budget) -> str:
+    if not budget.omniglot:
+        return ""
+    folder: Sequence[str] = os.environ.get("OMNIGLOT", "")
+    if not folder:
+        raise ConfigError("set OMNIGLOT to the folder of background_small1.npz and background_small2.npz")
+    return str(folder)

