@@ -3,6 +3,7 @@
 from bilevel.data import Indexed
 from bilevel.data.episodes import Episodes, FunctionEpisodes, TaskBatch, split_classes
 from bilevel.problems.analytic import Analytic, NestedQuadratic, Quadratic, Ridge, Variable, with_spectrum
+from bilevel.problems.architecture import Architecture, SupernetTraining, discretise, genotype
 from bilevel.problems.base import Problem
 from bilevel.problems.constraints import Ball, Box, Constrained, ConstrainedTraining, Constraint, Simplex
 from bilevel.problems.coreset import Coreset, CoresetTraining
@@ -21,57 +22,96 @@ from bilevel.problems.hyperparameters import (
     Tuned,
     WeightDecay,
 )
+from bilevel.problems.label_correction import Relabelled, SoftLabels
 from bilevel.problems.learning_rates import LearningRate, Paced
 from bilevel.problems.mixture import BalancedBatches, DomainWeights, Mixture, Sources
+from bilevel.problems.pruning import (
+    Mask,
+    MaskedTraining,
+    Pruning,
+    ScoreMask,
+    ThresholdMask,
+    magnitude,
+    mask_weights,
+    prune,
+    sparsity,
+)
+from bilevel.problems.reweighting import ExampleWeights, Reweighted
+from bilevel.problems.search_space import Cell, DiscreteCell, MixedOperation, image_operations, tabular_operations
 from bilevel.problems.supervised import Training, Validation, counterpart
+from bilevel.problems.weight_network import LossWeighted, WeightNetwork
 
 __all__ = [
     "Adaptation",
     "Analytic",
+    "Architecture",
     "Assessment",
     "Augmentation",
     "BalancedBatches",
     "Ball",
     "Box",
+    "Cell",
     "Constrained",
     "ConstrainedTraining",
     "Constraint",
     "Coreset",
     "CoresetTraining",
+    "DiscreteCell",
     "Distillation",
     "DistilledTraining",
     "DomainWeights",
     "Episodes",
+    "ExampleWeights",
     "FunctionEpisodes",
     "Hyperparameter",
     "Hyperparameters",
     "Indexed",
     "LabelSmoothing",
     "LearningRate",
+    "LossWeighted",
+    "Mask",
+    "MaskedTraining",
     "MetaLearner",
+    "MixedOperation",
     "Mixture",
     "NestedQuadratic",
     "Noise",
     "Paced",
     "Problem",
     "PrototypeMetaLearner",
+    "Pruning",
     "Quadratic",
     "RandomBrightness",
     "RandomShift",
+    "Relabelled",
+    "Reweighted",
     "Ridge",
+    "ScoreMask",
     "Simplex",
+    "SoftLabels",
     "Sources",
+    "SupernetTraining",
     "SyntheticSet",
     "TaskBatch",
     "TaskWeights",
     "Tasks",
+    "ThresholdMask",
     "Training",
     "Tuned",
     "Validation",
     "Variable",
     "WeightDecay",
+    "WeightNetwork",
     "counterpart",
+    "discretise",
+    "genotype",
+    "image_operations",
+    "magnitude",
+    "mask_weights",
+    "prune",
     "redraw",
+    "sparsity",
     "split_classes",
+    "tabular_operations",
     "with_spectrum",
 ]
