@@ -385,13 +385,15 @@ def run_commands(block: Block, expected: str | None) -> None:
         assert same_output(expected, got), f"the page says\n{expected}\nand the commands printed\n{got}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_command_block, blocks(page)))], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.page == page and is_command_block(b) for b in EVERY_BLOCK)], ids=name_of
+)
 def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("examples", "benchmarks", "docs"):
         Path(name).symlink_to(ROOT / name)
-    for block in blocks(page):
+    for block in (block for block in EVERY_BLOCK if block.page == page):
         if is_command_block(block):
             run_commands(block, followed_by_output(block))
         elif block.language in SETTINGS and (named := re.match(r"# (\w+\.(toml|yaml|json))", block.text)):
