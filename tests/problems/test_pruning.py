@@ -199,16 +199,16 @@ def weights_of(module: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("mask", ["threshold", "threshold_unit", "score"])
 def test_a_search_meets_its_budget_and_keeps_what_is_useful(mask: str) -> None:
-    """Features 2 and 3 say nothing: their weights go first."""
+    """Features 2 and 3 say nothing: little of what is left reads them."""
     momentum = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)  # noqa: E731
-    engine = pruning("identity", mask, density=0.5, optimizer=momentum, weight_decay=0.003, steps=3)
+    engine = pruning("identity", mask, density=0.4, optimizer=momentum, weight_decay=0.003, steps=3)
     for part in weights_of(engine.problems["pruning"].module):
         part[0].temperature = 0.2
     engine.run(150)
-    assert engine.evaluate()["pruning/density"] < 0.55
-    found = prune(engine.problems["pruning"].module, 0.5)
-    kept = found[0].weight != 0
-    assert int(kept[:, :2].sum()) > 2 * int(kept[:, 2:].sum())
+    assert engine.evaluate()["pruning/density"] < 0.5
+    found = prune(engine.problems["pruning"].module, 0.6)
+    read = found[0].weight.detach().abs().sum(0)
+    assert float(read[:2].sum()) > 3 * float(read[2:].sum())
     x, y = blobs(500, 3)
     assert float((found(x).argmax(1) == y).double().mean()) > 0.85
 
