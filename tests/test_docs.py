@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import inspect
 import io
 import json
 import re
 import runpy
 import shlex
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +21,17 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
+import bidora
 import bidora.cli
+import bilevel
+import bilevel.callbacks
 import bilevel.cli
+import bilevel.problems
+import bilevel.single_loop
 from bidora.settings import TrainSettings
-from bilevel import RunConfig, load_config
+from bilevel import Engine, EngineConfig, RunConfig, load_config
 from bilevel.errors import BilevelWarning
+from bilevel.problems import Hyperparameters, Tuned, WeightDecay
 from tests.pages import INDENTED, PAGES, ROOT, Block, blocks, name_of
 
 if sys.version_info >= (3, 11):
@@ -429,6 +437,49 @@ def test_a_wrong_command_is_noticed(line: str, tmp_path: Path, monkeypatch: pyte
 def test_commands_are_read_as_a_shell_reads_them() -> None:
     text = "# a comment\n$ bilevel run x.py \\\n    --set a='b c'  # why\n\nmake test\n"
     assert command_lines(text) == ["bilevel run x.py --set 'a=b c'", "make test"]
+
+
+# Pages of names
+
+
+def fragments() -> Iterator[tuple[str, str]]:
+    """Yields the examples in docstrings that are no doctests (those run by themselves), by the name of their owner."""
+    for module in (bilevel, bidora, bilevel.callbacks, bilevel.problems, bilevel.single_loop):
+        for name in module.__all__:
+            found = getattr(module, name)
+            members = {f".{key}": part for key, part in vars(found).items()} if inspect.isclass(found) else {}
+            for key, part in {"": found, **members}.items():
+                text = (inspect.getdoc(part) if callable(part) else None) or ""
+                for code in re.findall(r"::\n\n((?:    .*\n|\n)+)", f"{text}\n"):
+                    if re.search(r"^    (?:class \w+.*:|\w+ = \w+\(|\w+\()", code, re.M):
+                        yield f"{module.__name__}.{name}{key}", textwrap.dedent(code)
+
+
+def at_hand(*, images: bool) -> dict[str, object]:
+    """What a fragment may use without saying where it comes from: this library's names, and a user's usual things."""
+    torch.manual_seed(0)
+    digits = [(torch.rand(8, 1, 8, 8) if images else torch.rand(8, 64), torch.arange(8) % 10)]
+    names: dict[str, object] = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+    for module in (bilevel.callbacks, bilevel.problems, bilevel):
+        names |= {name: getattr(module, name) for name in module.__all__}
+    names |= dict.fromkeys(("train", "training", "validation", "loader"), digits)
+    names["sgd"] = sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    names["model"] = torch.nn.Sequential(torch.nn.Linear(64, 10))
+    names["network"] = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    # Within a method there is a problem, in an engine with another one.
+    decay = WeightDecay(model := torch.nn.Linear(64, 10))
+    names["self"] = outer = Hyperparameters({"decay": decay}, optimizer=sgd, data=digits)
+    Engine([outer, Tuned(model, optimizer=sgd, data=digits)], EngineConfig(progress=False))
+    return names
+
+
+@pytest.mark.parametrize(("owner", "code"), [pytest.param(*found, id=found[0]) for found in fragments()])
+def test_docstring(owner: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = re.sub(r"EngineConfig\(steps=\d+\)", "EngineConfig(steps=2, progress=False)", code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BilevelWarning)  # of what two steps leave unsolved
+        printed(short, at_hand(images="Conv2d" in code), may_raise=False)
 
 
 # The README
