@@ -42,7 +42,8 @@ class LearningRate(PerParameter):
 
     Args:
         model: The inner problem's model.
-        per: ``"model"`` for one factor, ``"tensor"`` for one a parameter tensor, ``"element"`` for one a number.
+        per: ``"model"`` for one factor, ``"tensor"`` for one a parameter tensor, ``"input"`` for one an input of each
+            layer, ``"element"`` for one a number.
         initial: The factor that all start from.
         params: Which of the inner problem's parameters; all by default. The others keep η.
 

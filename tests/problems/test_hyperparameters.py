@@ -97,6 +97,8 @@ def test_decays_have_the_hypergradient_of_ridge_regression(per: str) -> None:
     outer = Hyperparameters({"decay": decay}, data=[(v, u)])
     inner = Tuned(model, criterion=F.mse_loss, optimizer=sgd(0.1), data=[(x, y)])
 
+    assert sum(p.numel() for p in decay.parameters()) == (1 if per in ("model", "tensor") else 4)
+
     def solution(rho: Tensor) -> Tensor:  # of (1/n)‖Xw − y‖² + ½ Σ exp(ρ) w²
         return torch.linalg.solve(x.T @ x / 6 + torch.diag(rho.exp().expand(4)), x.T @ y / 6)
 
@@ -201,6 +203,21 @@ def test_only_what_is_chosen_is_decayed() -> None:
     expected = 0.25 * sum(weights[f"{layer}.weight"].square().sum() for layer in (0, 1))
     torch.testing.assert_close(decay.penalty(weights), expected)
     assert not decay.penalty({name: torch.zeros_like(w) for name, w in weights.items()}).any()
+
+
+def test_an_input_has_one_decay_for_all_that_it_feeds() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 2), nn.Linear(4, 5))
+    decay = WeightDecay(model, per="input", initial=1.0)
+    shapes = {name: tuple(p.shape) for name, p in decay.named_parameters()}
+    expected = {"0/weight": (1, 3, 1, 1), "0/bias": (), "1/weight": (1, 4), "1/bias": ()}
+    assert shapes == {f"log.{name}": shape for name, shape in expected.items()}
+    with torch.no_grad():
+        decay.log.get_parameter("1/weight")[0, 2] = -80.0  # input 2 is free
+    weights = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    weights["1.weight"][:, 2] = 5.0
+    assert float(decay.penalty(weights).detach()) < 1e-20
+    weights["1.weight"][:, 1] = 1.0
+    assert float(decay.penalty(weights).detach()) == pytest.approx(2.5)
 
 
 def test_one_decay_is_the_optimisers_own() -> None:
@@ -456,7 +473,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     model = linear()
     bad: list[tuple[Any, type[Exception], str]] = [
         (lambda: WeightDecay(model, initial=0.0), ConfigError, r"WeightDecay\.initial .* above 0"),
-        (lambda: WeightDecay(model, per="layer"), UnknownNameError, r"WeightDecay\.per 'layer'.*'element', 'model'"),
+        (lambda: WeightDecay(model, per="layer"), UnknownNameError, r"WeightDecay\.per 'layer'.*'element', 'input', 'model'"),
         (lambda: WeightDecay(model, params="*wieght"), UnknownNameError, r"'\*wieght'.*1\.weight"),
         (lambda: WeightDecay(model, initial=1.0, maximum=0.5), ConfigError, r"WeightDecay\.maximum"),
         (lambda: LabelSmoothing(0.0), ConfigError, r"LabelSmoothing\.initial .* above 0"),

@@ -1,4 +1,4 @@
-"""Positive numbers for the parameters of a model: one for all, one a tensor, one an element."""
+"""Positive numbers for the parameters of a model: one for all, one a tensor, one an input, one an element."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ __all__ = ["PerParameter"]
 
 
 class PerParameter(Hyperparameter):
-    """Positive numbers ``exp(ρ)``: one for a whole model, one a parameter tensor, or one an element.
+    """Positive numbers ``exp(ρ)``: one for a whole model, one a parameter tensor, one an input, or one an element.
 
     Args:
         model: Whose parameters; it is looked at, not kept.
-        per: ``"model"``, ``"tensor"`` or ``"element"``.
+        per: ``"model"``, ``"tensor"``, ``"input"`` (dimension 1 of a weight: the columns of ``nn.Linear``, the incoming
+            channels of a convolution; one for a bias) or ``"element"``.
         initial: What they start from, above 0.
         params: Which of the model's trainable parameters, as in :class:`~bilevel.Problem`; all by default.
 
@@ -30,7 +31,7 @@ class PerParameter(Hyperparameter):
         UnknownNameError: An unknown ``per``, or a pattern that matches no trainable parameter.
     """
 
-    choices: ClassVar[tuple[str, ...]] = ("model", "tensor", "element")
+    choices: ClassVar[tuple[str, ...]] = ("model", "tensor", "input", "element")
 
     def __init__(
         self, model: nn.Module, *, per: str = "model", initial: float = 1e-3, params: ParameterSelection | None = None
@@ -49,8 +50,7 @@ class PerParameter(Hyperparameter):
             self.log.register_parameter("all", nn.Parameter(first.new_full((), start)))
         else:
             for name, p in chosen.items():
-                shape = p.shape if per == "element" else ()
-                self.log.register_parameter(_key(name), nn.Parameter(p.new_full(shape, start)))
+                self.log.register_parameter(_key(name), nn.Parameter(p.new_full(_shape(p, per), start)))
 
     def value(self) -> Value:
         """Returns ``exp(ρ)``: a scalar, or by the names of the model's parameters."""
@@ -59,7 +59,7 @@ class PerParameter(Hyperparameter):
         return {name: self.of(name) for name in self.shapes}
 
     def of(self, name: str) -> Tensor:
-        """Returns ``exp(ρ)`` for a parameter of the model: a scalar, or of its shape."""
+        """Returns ``exp(ρ)`` for a parameter of the model: a scalar, or in a shape that goes with its."""
         return cast(Tensor, getattr(self.log, "all" if self.per == "model" else _key(name))).exp()
 
     def chosen(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,3 +80,9 @@ class PerParameter(Hyperparameter):
 
 def _key(name: str) -> str:
     return name.replace(".", "/")  # a parameter's name has no dots
+
+
+def _shape(parameter: Tensor, per: str) -> tuple[int, ...]:
+    if per == "input" and parameter.ndim > 1:
+        return (1, parameter.shape[1], *[1] * (parameter.ndim - 2))
+    return tuple(parameter.shape) if per == "element" else ()

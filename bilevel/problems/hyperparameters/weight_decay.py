@@ -1,4 +1,4 @@
-"""Weight decay: one for a model, one a tensor, one an element."""
+"""Weight decay: one for a model, one a tensor, one an input, one an element."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ __all__ = ["WeightDecay"]
 class WeightDecay(PerParameter):
     """Weight decay ``½ Σᵢ exp(ρᵢ) wᵢ²`` in the training loss.
 
-    One decay is what a grid search finds as well; one an element can switch single weights off, as automatic relevance
-    determination does. Gradient descent on the inner problem is stable for learning rates below ``2 / (L + decay)``
+    One decay is what a grid search finds as well; one an input switches inputs off that do not matter, as automatic
+    relevance determination does; one an element is for large validation sets: as many decays as validation examples fit
+    these by heart. Gradient descent on the inner problem is stable for learning rates below ``2 / (L + decay)``
     with the largest curvature L: ``maximum`` keeps it so.
 
     Args:
         model: Whose parameters are decayed.
-        per: ``"model"`` for one decay, ``"tensor"`` for one a parameter tensor, ``"element"`` for one a number.
+        per: ``"model"`` for one decay, ``"tensor"`` for one a parameter tensor, ``"input"`` for one an input of a layer
+            (a column of a weight), ``"element"`` for one a number.
         initial: The decay that all start from.
         params: Which parameters are decayed (``"*weight"``); all trainable ones by default.
         maximum: Largest decay; none by default.
