@@ -458,11 +458,12 @@ def fragments() -> Iterator[tuple[str, str]]:
 def at_hand(*, images: bool) -> dict[str, object]:
     """What a fragment may use without saying where it comes from: this library's names, and a user's usual things."""
     torch.manual_seed(0)
-    digits = [(torch.rand(8, 1, 8, 8) if images else torch.rand(8, 64), torch.arange(8) % 10)]
+    digits = [(torch.rand(8, 64), torch.arange(8) % 10)]
     names: dict[str, object] = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
     for module in (bilevel.callbacks, bilevel.problems, bilevel):
         names |= {name: getattr(module, name) for name in module.__all__}
-    names |= dict.fromkeys(("train", "training", "validation", "loader"), digits)
+    shown = [(x.reshape(8, 1, 8, 8), y) for x, y in digits] if images else digits
+    names |= dict.fromkeys(("train", "training", "validation", "loader"), shown)
     names["sgd"] = sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
     names["model"] = torch.nn.Sequential(torch.nn.Linear(64, 10))
     names["network"] = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
