@@ -25,13 +25,17 @@ Bounds = tuple[float, float]
 class Perturbation(Constrained):
     """The adversary: a perturbation δᵢ of every example of a set that makes a model's loss as large as it can.
 
-        δ*(w) = argmax Σᵢ ℓ(model_w(xᵢ + δᵢ), yᵢ)        subject to  ‖δᵢ‖ ≤ radius,  xᵢ + δᵢ within bounds
+        δ*(w) = argmax meanᵢ ℓ(model_w(xᵢ + δᵢ), yᵢ)        subject to  ‖δᵢ‖ ≤ radius,  xᵢ + δᵢ within bounds
 
     It stands below the model in an engine, and goes on from its last δ: a step or two for each of the model's are
     enough (Shafahi et al., arXiv 1904.12843). By default its steps are signed gradients (Madry et al., arXiv
-    1706.06083). As the model's loss is largest at δ*, the model's own gradient needs no derivative of δ* (Danskin), but
-    its Hessian does: where δᵢ is in a corner of its box (``evaluate()["active"]`` says how much is) it does not
-    respond, and elsewhere by its own curvature, which the engine takes into account.
+    1706.06083).
+
+    The model's loss is largest at δ*, so its gradient needs no derivative of δ* (Danskin), but its Hessian does. Where
+    δᵢ is in a corner of its box, as all are for a linear model, it does not respond; ``evaluate()["active"]`` says how
+    much is. Elsewhere −ℓ need not curve upwards and a solver may find no minimum. With ``norm="inf"`` the method is
+    therefore ``identity`` by default: exact for what is in a corner, and a response of order 1/n of the loss's own
+    gradient, for n examples, for what is not.
 
     Args:
         inputs: x, one example a row.
@@ -65,7 +69,8 @@ class Perturbation(Constrained):
             raise DataError(f"Perturbation: {len(inputs)} inputs and {len(targets)} targets, where as many are needed")
         allowed = _allowed(inputs, radius, norm, bounds)
         if norm == "inf":  # Adam without memory: η sign(g)
-            settings = {"optimizer": lambda p: Adam(p, lr=radius / 4, betas=(0.0, 0.0), eps=1e-30), **settings}
+            signed = lambda p: Adam(p, lr=radius / 4, betas=(0.0, 0.0), eps=1e-30)  # noqa: E731
+            settings = {"optimizer": signed, "hypergradient": "identity", **settings}
         elif settings.get("optimizer") is None:
             raise ConfigError("Perturbation: norm='2' needs optimizer=, such as SGD with steps of the radius's size")
         module = nn.ParameterDict({"delta": torch.zeros_like(inputs)})
@@ -81,10 +86,10 @@ class Perturbation(Constrained):
         return inputs[indices] + delta[indices], targets[indices]
 
     def loss(self, batch: Any) -> Tensor:
-        """Returns the negative sum of the model's losses."""
+        """Returns the negative mean of the model's losses."""
         victim = counterpart(self, Training, self.victim_name)
         inputs, targets = self.perturbed(batch)
-        return -victim.criterion(victim(inputs), targets, reduction="none").sum()
+        return -victim.criterion(victim(inputs), targets)
 
 
 class AdversarialTraining(Training):
