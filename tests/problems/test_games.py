@@ -192,7 +192,7 @@ def robust(
     training = AdversarialTraining(model, data=[given[0]], optimizer=sgd, steps=steps)
     adversary = Perturbation(*train, radius=RADIUS, name="adversary", steps=2)
     other = Perturbation(*held_out, radius=RADIUS, name="validation_adversary", steps=8)
-    return Engine([upper, training, adversary, other], QUIET, hypergradient=method)
+    return Engine([upper, other, training, adversary], QUIET, hypergradient=method)
 
 
 def worst_of_linear(engine: Engine, x: Tensor, y: Tensor) -> Tensor:

@@ -136,8 +136,10 @@ class RobustValidation(Validation):
 
         F(λ) = (1 − a) ℓ(x') + a ℓ(x' + δ'*(w)),        w = w*(λ)
 
-    with an adversary δ' of its own. What is learned: the share π of perturbed examples in training, and a weight decay
-    ``exp(ρ_l)`` for each parameter tensor. ``params="decay"`` learns the decay alone.
+    with an adversary δ' of its own, which an engine must list before the model: problems of one depth are updated the
+    last listed first, and the adversary is to answer the model that it finds. What is learned: the share π of perturbed
+    examples in training, and a weight decay ``exp(ρ_l)`` for each parameter tensor. ``params="decay"`` learns the decay
+    alone.
 
     Args:
         model: The model to be trained, for the number of its parameter tensors.
@@ -149,6 +151,15 @@ class RobustValidation(Validation):
 
     Raises:
         ConfigError: A share or a weight that is no share, or a decay that is not positive.
+
+    Example::
+
+        Engine([
+            RobustValidation(model, data=[held_out], optimizer=adam),
+            Perturbation(*held_out, radius=0.1, name="validation_adversary", steps=8),
+            AdversarialTraining(model, data=[train], optimizer=sgd, steps=20),
+            Perturbation(*train, radius=0.1, name="adversary", steps=2),
+        ], hypergradient="conjugate_gradient")
 
     Sources: Zhang et al., "Revisiting and advancing fast adversarial training through the lens of bi-level
     optimization", ICML 2022 (arXiv 2112.12376), for the attack as an inner problem; Pang et al., ICLR 2021 (arXiv
