@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 console = Console()
 ADAPTERS = "adapter"
+PICTURES = (".svg", ".png", ".pdf")
 KNOWN_OUTPUT = (ADAPTERS, "lora", "dora", "training.png", "results.json")
 
 Data = Annotated[str | None, typer.Option(help="drug-reviews, a hub id, or a CSV/TSV/JSONL/Parquet file or folder.")]
@@ -152,25 +153,36 @@ def merge(
 
 @app.command()
 def analyze(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    adapter: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Folders of adapters.")],
+    plot: Annotated[Path | None, typer.Option(help="File for a picture of ΔM over ΔD: .svg, .png or .pdf.")] = None,
     model: Model = None,
     debug: Debug = False,
 ) -> None:
-    """Shows how far an adapter moved magnitude (ΔM) and direction (ΔD) of each layer."""
+    """Shows how far adapters moved magnitude (ΔM) and direction (ΔD) of each layer."""
     from rich.table import Table
 
     from bidora.analysis import weight_decomposition
     from bidora.pipeline import load_adapter, load_base
+    from bidora.report import adapter_label, save_decomposition
 
-    loaded = load_adapter(adapter, model)
-    change = weight_decomposition(load_base(adapter, model), loaded.model)
-    table = Table(title=f"Change of magnitude and direction, {adapter}")
-    for name in ("layer", "ΔM", "ΔD"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
-    for layer in change.layers:
-        table.add_row(layer.name, f"{layer.magnitude:.4f}", f"{layer.direction:.4f}")
-    console.print(table)
-    console.print(f"slope of ΔM on ΔD {change.slope:.3f}, correlation {change.correlation:.3f}")
+    if plot is not None and plot.suffix not in PICTURES:
+        raise ConfigError(f"--plot {plot} must end in {' or '.join(PICTURES)}")
+    changes = {}
+    for folder in adapter:
+        loaded = load_adapter(folder, model)
+        change = weight_decomposition(load_base(folder, model), loaded.model)
+        label = adapter_label(loaded.card)
+        changes[label if label and label not in changes else str(folder)] = change
+        table = Table(title=f"Change of magnitude and direction, {folder}")
+        for name in ("layer", "ΔM", "ΔD"):
+            table.add_column(name, justify="left" if name == "layer" else "right")
+        for layer in change.layers:
+            table.add_row(layer.name, f"{layer.magnitude:.4f}", f"{layer.direction:.4f}")
+        console.print(table)
+        console.print(f"slope of ΔM on ΔD {change.slope:.3f}, correlation {change.correlation:.3f}")
+    if plot is not None:
+        save_decomposition(changes, plot)
+        console.print(f"Plot: {plot}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

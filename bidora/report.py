@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
+from bidora.analysis import WeightDecomposition
 from bidora.pipeline import RunResult
 
-__all__ = ["results_table", "save_plot", "save_results"]
+__all__ = ["adapter_label", "draw_decomposition", "results_table", "save_decomposition", "save_plot", "save_results"]
 
 NAMES = {"bidora": "BiDoRA", "dora": "DoRA", "lora": "LoRA", "full": "full fine-tuning"}
 
@@ -70,9 +73,7 @@ def save_plot(results: Sequence[RunResult], path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"backend": "Agg"}):
-        figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def save_results(
@@ -101,6 +102,42 @@ def save_results(
         ],
     }
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def adapter_label(card: Mapping[str, Any]) -> str | None:
+    """Returns what the method of a saved adapter is called, or None where its card does not say."""
+    return NAMES.get(card.get("settings", {}).get("method", ""))
+
+
+def draw_decomposition(changes: Mapping[str, WeightDecomposition], figure: Figure) -> None:
+    """Draws ΔM over ΔD: a mark for each layer, and for each adapter the least-squares line whose slope is reported."""
+    axis = figure.subplots()
+    for (label, change), marker in zip(changes.items(), itertools.cycle("os^Dv")):
+        direction = [layer.direction for layer in change.layers]
+        magnitude = [layer.magnitude for layer in change.layers]
+        slope, middle = change.slope, sum(direction) / len(direction)
+        text = f"{label}: slope {slope:.3g}, correlation {change.correlation:.2f}"
+        marks = axis.scatter(direction, magnitude, marker=marker, s=22, alpha=0.8, label=text)
+        if math.isfinite(slope):
+            ends = [min(direction), max(direction)]
+            level = sum(magnitude) / len(magnitude)
+            axis.plot(ends, [level + slope * (end - middle) for end in ends], color=marks.get_facecolor()[0])
+    axis.set(xlabel="ΔD: mean of 1 − cos(w′, w)", ylabel="ΔM: mean of |‖w′‖ − ‖w‖|", title="One mark a layer")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def save_decomposition(changes: Mapping[str, WeightDecomposition], path: Path) -> None:
+    """Saves the picture of :func:`draw_decomposition`, by the suffix of ``path``."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    draw_decomposition(changes, figure)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"backend": "Agg"}):
+        figure.savefig(path, dpi=150)
 
 
 def _curve(axis: Any, steps: Sequence[int], values: Sequence[float], label: str, style: str) -> None:
