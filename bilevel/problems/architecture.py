@@ -19,7 +19,7 @@ __all__ = ["Architecture", "SupernetTraining", "discretise", "genotype"]
 
 
 class SupernetTraining(Training):
-    """The inner problem of a search: trains every parameter of a network but its mixtures' α.
+    """The inner problem of a search: trains every parameter of a network but its mixtures' λ.
 
     Args:
         module: The network, with mixtures anywhere in it.
@@ -37,10 +37,10 @@ class SupernetTraining(Training):
 
 
 class Architecture(Validation):
-    """The outer problem of a search: learns the α of all mixtures in a network.
+    """The outer problem of a search: learns the λ of all mixtures in a network.
 
-    ``min over α of F(w*(α), α) + κ H(α)`` where ``w*(α)`` minimises the training loss of the network with weights w;
-    H is the mean over mixtures of the entropy of ``π = softmax(α / τ)``, relative to its maximum.
+    ``min over λ of F(λ, w*(λ)) + β E(λ)`` where ``w*(λ)`` minimises the training loss of the network with weights w;
+    E is the mean over mixtures of the entropy of ``π = softmax(λ / τ)``, relative to its maximum. DARTS writes α for λ.
 
     Any method differentiates w*. DARTS' own "second order" looks one plain gradient step ahead, with the product by
     central differences: ``OneStep(difference="central")`` with one inner step an outer step (exactly, and through the
@@ -55,7 +55,7 @@ class Architecture(Validation):
 
     Args:
         module: The network that :class:`SupernetTraining` trains, with mixtures anywhere in it.
-        entropy: κ. Above 0 it drives the mixtures to a choice.
+        entropy: β. Above 0 it drives the mixtures to a choice.
         settings: Those of :class:`~bilevel.problems.Validation`: training, criterion, optimizer, data, ….
 
     Raises:
@@ -86,12 +86,12 @@ class Architecture(Validation):
         return {path: dict(zip(m.candidates, m.weights(), strict=True)) for path, m in _mixtures(self.module)}
 
     def mean_entropy(self) -> Tensor:
-        """Returns H: 1 where all candidates count alike, 0 where every mixture has chosen."""
+        """Returns E: 1 where all candidates count alike, 0 where every mixture has chosen."""
         found = [torch.special.entr(p).sum() / torch.tensor(float(len(p))).log() for p in self._distributions()]
         return torch.stack(found).mean()
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
-        """Returns the trained network's loss on a batch, plus κ times the entropy."""
+        """Returns the trained network's loss on a batch, plus β times the entropy."""
         found = super().loss(batch)
         assert isinstance(found, Tensor)
         return found + self.entropy * self.mean_entropy() if self.entropy else found

@@ -223,8 +223,8 @@ class MaskedTraining(Training):
 class Pruning(Validation):
     """The outer problem of pruning: learns the masks, under a budget of weights.
 
-    ``min over s of F(w*(s), s) + κ (d / d* − 1)₊²`` where ``w*(s)`` minimises the training loss of the masked network,
-    d is the mean of all masks (the density) and d* the budget.
+    ``min over λ of F(λ, w*(λ)) + β (d / d* − 1)₊²`` where λ are the masks' parameters, ``w*(λ)`` minimises the training
+    loss of the masked network, d is the mean of all masks (the density) and d* the budget.
 
     The penalty is no barrier: the density ends a little above d* where weights are worth it. Masks may also settle
     between 0 and 1; :meth:`evaluate` then shows a density apart from the share that is kept, and a lower τ helps.
@@ -233,7 +233,7 @@ class Pruning(Validation):
     Args:
         module: The network that :class:`MaskedTraining` trains, after :func:`mask_weights`.
         density: d*, the share of the masked weights that may stay.
-        strength: κ.
+        strength: β.
         settings: Those of :class:`~bilevel.problems.Validation`: training, criterion, optimizer, data, ….
 
     Raises:

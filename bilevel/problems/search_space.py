@@ -34,13 +34,13 @@ COMBINE = ("concat", "sum", "last")
 
 
 class MixedOperation(nn.Module):
-    """A mixture of operations: ``Σₒ πₒ o(x)`` with ``π = softmax(α / τ)``.
+    """A mixture of operations: ``Σₒ πₒ o(x)`` with ``π = softmax(λ / τ)``.
 
     Args:
         candidates: Modules, or functions that make them, by name; at least two. All must return the same shape. The
             name ``"none"`` stands for no connection: it takes part in the mixture and is never chosen.
         temperature: τ. Lower is closer to a choice.
-        logits: α of another mixture, to share it; zeros of its own by default, under which all candidates count alike.
+        logits: λ of another mixture, to share it; zeros of its own by default, under which all candidates count alike.
 
     Raises:
         ConfigError: A single candidate or none to choose from; a temperature that is not above 0; logits of another
@@ -115,7 +115,7 @@ class Cell(nn.Module):
         combine: The output: all nodes, concatenated along dimension 1 (``"concat"``), their ``"sum"``, or the
             ``"last"`` one.
         temperature: τ of every mixture.
-        share: A cell of the same graph and candidates whose α this one shares, as DARTS' cells of one kind do.
+        share: A cell of the same graph and candidates whose λ this one shares, as DARTS' cells of one kind do.
 
     Raises:
         ConfigError: A value out of range, a module that several edges would share, or what :class:`MixedOperation`
