@@ -1,10 +1,12 @@
 """What building the documentation does with the tutorials: runs every study at its small budget and shows the result.
 
-A study that fails fails the build. ``mkdocs serve`` runs none: it would at every change of a file.
+A study that fails fails the build. ``mkdocs serve`` runs none: it would at every change of a file. For a look at the
+other pages, ``TUTORIALS=skip mkdocs build`` runs none either.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ _found: dict[str, Study] = {}
 
 def on_startup(command: str, dirty: bool) -> None:
     """Runs the studies, side by side."""
-    if command != "build":
+    if command != "build" or os.environ.get("TUTORIALS") == "skip":
         return
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
         for name, study in zip(names(), pool.map(lambda name: _run(name, Path(folder)), names()), strict=True):
