@@ -296,10 +296,12 @@ def test_misspelt_settings_are_noticed(language: str, text: str) -> None:
 
 def run_make(words: list[str]) -> None:
     targets = {name for line in re.findall(r"^([\w .-]+):(?!=)", MAKEFILE, re.M) for name in line.split()}
-    variables = set(re.findall(r"^(\w+)\s*\?=", MAKEFILE, re.M))
+    variables = set(re.findall(r"^(\w+)\s*\?=|\$\((\w+)\)", MAKEFILE, re.M))
     for word in words:
         name, is_variable, _ = word.partition("=")
-        assert name in (variables if is_variable else targets), f"the Makefile has no {name}"
+        assert name in ({part for pair in variables for part in pair} if is_variable else targets), (
+            f"the Makefile has no {name}"
+        )
 
 
 def run_pip(words: list[str]) -> None:
