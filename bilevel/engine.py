@@ -146,14 +146,14 @@ class Engine:
             batches: Batches by problem name, for an engine that is driven from outside: one batch for all updates of
                 the problem in this step, or an iterator of batches. Problems that are not named use their own data.
 
+        Whatever is raised within it, no parameter has changed (but with ``restore_on_error=False``).
+
         Returns:
             Losses, norms, reports and passes of the step.
 
         Raises:
             NonFiniteError: A loss or gradient is NaN or infinite (unless such steps are skipped).
             SolveError: A solve failed and ``on_solve_failure`` is ``"raise"``.
-
-            Whatever is raised within the step, no parameter has changed (but with ``restore_on_error=False``).
         """
         started, before = time.perf_counter(), self.passes.copy()
         feed = Feed(self.streams, batches)
