@@ -165,6 +165,26 @@ def test_well_formed_ones_are_not() -> None:
     assert list(malformed(DOCS / "index.md", text)) == []
 
 
+def too_long(page: Path, text: str | None = None) -> list[str]:
+    """Returns the lines of code that the column of text cannot hold: see docs/stylesheets/extra.css."""
+    return [
+        f"{block.where}: {len(line)} characters: {line[:40]}…"
+        for block in blocks(page, text)
+        for line in block.text.splitlines()
+        if len(line) > 120
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_fits_the_column(page: Path) -> None:
+    assert too_long(page) == []
+
+
+def test_a_line_that_is_too_long_is_noticed() -> None:
+    assert too_long(DOCS / "index.md", f"```python\n{'x' * 120}\n```\n") == []
+    assert len(too_long(DOCS / "index.md", f"```python\n{'x' * 121}\n```\n")) == 1
+
+
 # Pictures
 
 
