@@ -124,6 +124,9 @@ def test_what_a_field_admits_is_what_its_class_says() -> None:
 
 def test_shared_fields_are_described_where_they_are_declared() -> None:
     assert reference.documented(bilevel.Neumann)["curvature"] == reference.documented(bilevel.MINRES)["curvature"]
+    center = reference.documented(bilevel.OneStep)["center"]  # the class itself refers to its base
+    assert center == reference.documented(bilevel.OneStep.__mro__[1])["center"]
+    assert '"old"' in center
 
 
 def test_fields_that_an_adapter_cannot_have_are_found_by_trying_them() -> None:

@@ -25,6 +25,7 @@ from bilevel.hypergrad import Estimator, available_methods
 from bilevel.schema import admits_none, describe_type, is_estimator, schema_fields, section_class, without_none
 
 MARKER = re.compile(r"^<!-- reference: (.+?) -->$", re.M)
+REFERS = re.compile(r"(\blikewise|, see `\w+`)\.$")  # to what a base class says of the same field
 PROBE = "?"  # a value that no field admits: what a refusal says is what is admitted
 WORDS = {
     "true or false": "`True` or `False`",
@@ -58,7 +59,9 @@ def documented(cls: type) -> dict[str, str]:
         text = inspect.cleandoc(base.__dict__.get("__doc__") or "") + "\n"
         for section in re.findall(r"^(?:Attributes|Args):\n((?:    .*\n|\n)*)", text, re.M):
             for name, meaning in re.findall(r"^    (\w+): +(.*?)(?=^    \w|\Z)", section, re.M | re.S):
-                found[name] = as_markdown(" ".join(meaning.split()))
+                words = as_markdown(" ".join(meaning.split()))
+                if name not in found or not REFERS.search(words):
+                    found[name] = words
     return found
 
 
