@@ -52,14 +52,17 @@ def search(method: Any = "exact", dtype: torch.dtype = DOUBLE, steps: int = 1, d
     return Engine([outer, inner], QUIET, method)
 
 
-@functools.cache
-def solution() -> dict[str, Any]:
-    """Uneven α, and the weights that solve the inner problem there."""
-    engine = search()
-    inner = engine.problems["supernet_training"]
+def uneven(engine: Engine) -> Engine:
     with torch.no_grad():
         for place, logits in enumerate(engine.problems["architecture"].parameters):
             logits.copy_(torch.linspace(-1, 1, 3).roll(place))
+    return engine
+
+
+@functools.cache
+def solution() -> dict[str, Any]:
+    """Uneven α, and the weights that solve the inner problem there."""
+    inner = uneven(search()).problems["supernet_training"]
     solver = torch.optim.LBFGS(inner.parameters, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
     def closure() -> Any:
@@ -106,7 +109,7 @@ def test_unrolled_updates_tend_to_the_reference() -> None:
 
 def test_darts_second_order_is_one_plain_step_ahead() -> None:
     """``∇F(w', α) − ξ ∇²f(w, α) ∇F(w', α)`` at ``w' = w − ξ ∇f(w, α)``: equation 7, by hand."""
-    twin = supernet()
+    twin = copy.deepcopy(uneven(search()).problems["architecture"].module)
     x, y = blobs(40, 2)
     u, z = blobs(30, 1)
     alphas = [m.logits for m in twin.modules() if isinstance(m, MixedOperation)]
@@ -118,7 +121,7 @@ def test_darts_second_order_is_one_plain_step_ahead() -> None:
     entropies = [torch.special.entr(a.softmax(0)).sum() / torch.tensor(3.0, dtype=DOUBLE).log() for a in alphas]
     (validation + 0.01 * torch.stack(entropies).mean()).backward()
     for method, tolerance in ((OneStep(difference="central"), 1e-6), (Unrolled(steps=1), 1e-10)):
-        other = search(method)
+        other = uneven(search(method))
         other.problems["architecture"].optimizer.param_groups[0]["lr"] = 0.0
         other.step()
         found = other.hypergradient().grad.values()
@@ -374,6 +377,29 @@ def test_equally_strong_edges_are_refused() -> None:
     edges = {f"edge_{source}_{node}": [1.0, 0.0] for node in (2, 3) for source in range(node)}
     with pytest.raises(ConfigError, match="edges 1 and 2 into node 3 are equally strong"):
         with_logits(Cell(CHOICE, num_nodes=2), **edges).genotype()
+
+
+def test_edges_that_are_decided_are_told_apart() -> None:
+    """Their weights are all rounded to 1."""
+    cell = with_logits(
+        Cell(CHOICE, num_inputs=3, num_nodes=1), edge_0_3=[30.0, 0.0], edge_1_3=[20.0, 0.0], edge_2_3=[0.0, 40.0]
+    )
+    assert cell.genotype() == {"3": {"0": "skip_connect", "2": "linear"}}
+
+
+def test_the_weights_may_be_trained_alone_first() -> None:
+    network = supernet()
+    outer = Architecture(network, optimizer=adam, data=[blobs(20, 1)], start=2)
+    inner = SupernetTraining(network, optimizer=sgd, data=[blobs(20, 2)])
+    engine = Engine([outer, inner], QUIET, "identity")
+    before = copy.deepcopy(network.state_dict())
+    engine.run(2)
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == set(inner.parameter_names)
+    engine.run(3)
+    assert not any(
+        torch.equal(p, before[name]) for name, p in zip(outer.parameter_names, outer.parameters, strict=True)
+    )
 
 
 def test_a_layer_that_cannot_be_drawn_anew_is_named() -> None:
