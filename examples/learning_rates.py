@@ -27,7 +27,7 @@ class Config:
 
 
 STEPS = 10  # inner updates for each of the rates
-DEFAULTS = RunConfig(engine=EngineConfig(steps=50), hypergradient=Unrolled(), recipe=Config())
+DEFAULTS = RunConfig(engine=EngineConfig(steps=50), hypergradient=Unrolled(memory="graph"), recipe=Config())
 
 
 class Digits:

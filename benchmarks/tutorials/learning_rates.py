@@ -24,7 +24,7 @@ class Budget:
 
 
 SMALL = Budget(seeds=2, steps=4, starts=(0.01,), grid=(0.01, 0.1))
-FULL = Budget(seeds=5, steps=50, starts=(0.001, 0.01, 0.1, 1.0), grid=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
+FULL = Budget(seeds=5, steps=50, starts=(0.001, 0.01, 0.1), grid=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def draw(study: Study, figure: Any) -> None:
     learned = figure.add_subplot(grid[1])
     image = learned.imshow(decays.log10().mean(0).reshape(8, -1), cmap="viridis")
     learned.set_title("learned decay of each pixel (mean of log₁₀ over seeds)", fontsize="medium")
-    figure.colorbar(image, ax=learned, fraction=0.03)
+    figure.colorbar(image, ax=[shown, learned], fraction=0.03)
     for axes in (shown, learned):
         axes.set_xticks([])
         axes.set_yticks([])

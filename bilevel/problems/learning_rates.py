@@ -35,7 +35,7 @@ SCALE_FREE: tuple[type[Optimizer], ...] = (
 
 
 class LearningRate(PerParameter):
-    """Factors ``r = exp(ρ)`` of the inner optimiser's learning rate η: :class:`Paced` makes its updates with ``r η``.
+    """Factors ``r = exp(λ)`` of the inner optimiser's learning rate η: :class:`Paced` makes its updates with ``r η``.
 
     A part of :class:`~bilevel.problems.Hyperparameters`, alone or with others. The optimiser's own η (with its
     scheduler, if any) is where the rates start.
@@ -70,10 +70,10 @@ class LearningRate(PerParameter):
 class Paced(Tuned):
     """An inner problem whose learning rates are hyper-parameters.
 
-    What the optimiser moves is not the weights w but displacements u, with ``w = b + s ∘ u``. An SGD step on u then
+    What the optimiser moves is not the weights w but displacements d, with ``w = b + s ∘ d``. An SGD step on d then
     moves w by ``−η s² ∘ ∂f/∂w``, with momentum too, and Adam and its kin, whose steps do not depend on the gradient's
     scale, by s times what they would: with ``s = √r``, or ``s = r``, exactly by the learning rate ``r η``. Before each
-    round of updates the base b takes w, u becomes 0, and the optimiser starts anew (momentum included).
+    round of updates the base b takes w, d becomes 0, and the optimiser starts anew (momentum included).
 
     So the rates enter the loss, and methods that follow the updates see them. No other can: the *solution* of the inner
     problem does not depend on the rate that led to it, so the implicit derivative is zero.
@@ -84,7 +84,7 @@ class Paced(Tuned):
     Args:
         module: The model; its trainable parameters (those that ``params`` selects) are replaced by buffers, in place.
         optimizer: A callable that makes SGD (with momentum if you like), Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad
-            from a list of parameters, without weight decay, which would shrink u.
+            from a list of parameters, without weight decay, which would shrink d.
         criterion: See :class:`~bilevel.problems.Tuned`.
         hyperparameters: See :class:`~bilevel.problems.Tuned`.
         params: Which of the model's trainable parameters are trained; all by default.
@@ -136,7 +136,7 @@ class Paced(Tuned):
             optimizer=optimizer,
             criterion=criterion,
             hyperparameters=hyperparameters,
-            params="u.*",
+            params="displacement.*",
             hypergradient=method,
             **settings,
         )
@@ -184,7 +184,7 @@ class Paced(Tuned):
 
 
 class _Displaced(nn.Module):
-    """A model whose weights are ``base + scale ∘ u``.
+    """A model whose weights are ``base + scale ∘ displacement``.
 
     The scale with which a round's updates were made is kept: the learned one has moved on when they are folded.
     """
@@ -192,9 +192,9 @@ class _Displaced(nn.Module):
     def __init__(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.names = tuple(chosen)
-        self.u, self.base, self.scale = nn.Module(), nn.Module(), nn.Module()
+        self.displacement, self.base, self.scale = nn.Module(), nn.Module(), nn.Module()
         for name, p in chosen.items():
-            self.u.register_parameter(_key(name), nn.Parameter(torch.zeros_like(p)))
+            self.displacement.register_parameter(_key(name), nn.Parameter(torch.zeros_like(p)))
             self.base.register_buffer(_key(name), p.detach().clone())
             self.scale.register_buffer(_key(name), torch.ones_like(p))
         self.model = model
@@ -210,10 +210,11 @@ class _Displaced(nn.Module):
                     part.register_buffer(name, buffers[id(p)])
 
     def displacements(self) -> dict[str, Tensor]:
-        return {name: getattr(self.u, _key(name)) for name in self.names}
+        return {name: getattr(self.displacement, _key(name)) for name in self.names}
 
     def weights(self, scales: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-        return {name: getattr(self.base, _key(name)) + scales[name] * u for name, u in self.displacements().items()}
+        moved = self.displacements().items()
+        return {name: getattr(self.base, _key(name)) + scales[name] * displacement for name, displacement in moved}
 
     def held(self) -> dict[str, Tensor]:
         """Returns the weights that the updates have led to."""
@@ -224,7 +225,7 @@ class _Displaced(nn.Module):
         """Moves the base to the weights, and takes new scales."""
         for name, value in self.held().items():
             getattr(self.base, _key(name)).copy_(value)
-            getattr(self.u, _key(name)).zero_()
+            getattr(self.displacement, _key(name)).zero_()
             scale = getattr(self.scale, _key(name))
             scale.copy_(torch.as_tensor(scales[name]).expand_as(scale))
 

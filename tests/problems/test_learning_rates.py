@@ -249,7 +249,7 @@ def test_tied_weights_stay_tied() -> None:
     model = Tied().double()
     outer, inner = problems(model, sgd(RATE))
     Engine([outer, inner], QUIET).run(2)
-    assert inner.parameter_names == ("u.first/weight",)
+    assert inner.parameter_names == ("displacement.first/weight",)
     assert model.first.weight is model.second.weight
     torch.testing.assert_close(model(data(3, 2)[0][0]), inner.module(data(3, 2)[0][0]))
 

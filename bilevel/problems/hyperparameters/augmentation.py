@@ -16,7 +16,7 @@ __all__ = ["Augmentation", "Noise", "RandomBrightness", "RandomShift", "uniform"
 
 
 class Augmentation(Hyperparameter):
-    """Inputs changed at random by a learned strength ``exp(a)``; a subclass writes :meth:`augment`.
+    """Inputs changed at random by a learned strength ``exp(λ)``; a subclass writes :meth:`augment`.
 
     Only training sees it: the validation loss is taken on the inputs as they are. Random numbers must come from torch's
     generators, so that all passes of one derivative see the same ones.
@@ -68,7 +68,7 @@ def uniform(inputs: Tensor) -> Tensor:
 
 
 class Noise(Augmentation):
-    """Gaussian noise of learned standard deviation: ``x + exp(a) ε``."""
+    """Gaussian noise of learned standard deviation: ``x + exp(λ) ε``."""
 
     def augment(self, inputs: Tensor, strength: Tensor) -> Tensor:
         """See :meth:`Augmentation.augment`."""
@@ -76,7 +76,7 @@ class Noise(Augmentation):
 
 
 class RandomBrightness(Augmentation):
-    """Brightness of an example changed by up to the learned strength: ``x + exp(a) u`` with u in [−1, 1]."""
+    """Brightness of an example changed by up to the learned strength: ``x + exp(λ) u`` with u in [−1, 1]."""
 
     def augment(self, inputs: Tensor, strength: Tensor) -> Tensor:
         """See :meth:`Augmentation.augment`."""

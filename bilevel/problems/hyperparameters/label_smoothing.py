@@ -17,7 +17,7 @@ __all__ = ["LabelSmoothing"]
 
 
 class LabelSmoothing(Hyperparameter):
-    """Label smoothing: class c is aimed at with ``(1 − s) [c = y] + s / C``, ``s = sigmoid(σ)`` in [0, 1).
+    """Label smoothing: class c is aimed at with ``(1 − s) [c = y] + s / C``, ``s = σ(λ)`` in [0, 1).
 
     The criterion must take probabilities for targets, as the cross-entropy does. Classes are the outputs' dimension 1.
 

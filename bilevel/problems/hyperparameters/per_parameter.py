@@ -17,7 +17,7 @@ __all__ = ["PerParameter"]
 
 
 class PerParameter(Hyperparameter):
-    """Positive numbers ``exp(ρ)``: one for a whole model, one a parameter tensor, one an input, or one an element.
+    """Positive numbers ``exp(λ)``: one for a whole model, one a parameter tensor, one an input, or one an element.
 
     Args:
         model: Whose parameters; it is looked at, not kept.
@@ -53,13 +53,13 @@ class PerParameter(Hyperparameter):
                 self.log.register_parameter(_key(name), nn.Parameter(p.new_full(_shape(p, per), start)))
 
     def value(self) -> Value:
-        """Returns ``exp(ρ)``: a scalar, or by the names of the model's parameters."""
+        """Returns ``exp(λ)``: a scalar, or by the names of the model's parameters."""
         if self.per == "model":
             return self.of("")
         return {name: self.of(name) for name in self.shapes}
 
     def of(self, name: str) -> Tensor:
-        """Returns ``exp(ρ)`` for a parameter of the model: a scalar, or in a shape that goes with its."""
+        """Returns ``exp(λ)`` for a parameter of the model: a scalar, or in a shape that goes with its."""
         return cast(Tensor, getattr(self.log, "all" if self.per == "model" else _key(name))).exp()
 
     def chosen(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

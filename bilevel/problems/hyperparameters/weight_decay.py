@@ -16,7 +16,7 @@ __all__ = ["WeightDecay"]
 
 
 class WeightDecay(PerParameter):
-    """Weight decay ``½ Σᵢ exp(ρᵢ) wᵢ²`` in the training loss.
+    """Weight decay ``½ Σᵢ exp(λᵢ) wᵢ²`` in the training loss.
 
     One decay is what a grid search finds as well; one an input switches inputs off that do not matter, as automatic
     relevance determination does; one an element is for large validation sets: as many decays as validation examples fit
@@ -53,12 +53,12 @@ class WeightDecay(PerParameter):
         self.maximum = maximum
 
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Returns ``½ Σᵢ exp(ρᵢ) wᵢ²``."""
+        """Returns ``½ Σᵢ exp(λᵢ) wᵢ²``."""
         parts = [(self.of(name) * weight.square()).sum() for name, weight in self.chosen(weights).items()]
         return torch.stack(parts).sum() / 2
 
     def project(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Returns ``min(ρ, log maximum)``."""
+        """Returns ``min(λ, log maximum)``."""
         if self.maximum is None:
             return values
         return {name: value.clamp(max=math.log(self.maximum)) for name, value in values.items()}
