@@ -22,11 +22,12 @@ from examples import domain_mixture as recipe
 class Budget:
     seeds: int
     steps: int  # outer ones of a search, of 10 inner updates each
-    final: int  # updates of every training after it
+    final: int  # updates of every training after it, at most
 
 
 SMALL = Budget(seeds=1, steps=3, final=20)
 FULL = Budget(seeds=5, steps=60, final=800)
+EVERY = 20  # updates between looks at the validation loss
 
 METHODS: dict[str, Any] = {
     "learned, `conjugate_gradient`": {},
@@ -57,12 +58,10 @@ def run(budget: Budget) -> Study:
                 curves.append(curve)
         for name, mixture in mixtures.items():
             sampler = WeightedRandomSampler(sources.example_weights(mixture), 64 * budget.final)
-            losses.setdefault(name, []).append(trained(DataLoader(sources, 64, sampler=sampler), reviews, config))
+            batches = DataLoader(sources, 64, sampler=sampler)
+            losses.setdefault(name, []).append(trained(batches, reviews.validation, reviews.test, config))
             shares.setdefault(name, []).append(mixture)
-        own = WeightedRandomSampler(torch.ones(len(reviews.validation)), 64 * budget.final)
-        losses.setdefault(PLAIN[3], []).append(
-            trained(DataLoader(reviews.validation, 64, sampler=own), reviews, config)
-        )
+        losses.setdefault(PLAIN[3], []).append(trained(*halves(reviews.validation, budget), reviews.test, config))
     rows = []
     for name in (*PLAIN, DOREMI, *METHODS):
         gain = [one - other for one, other in zip(losses[name], losses["uniform"], strict=True)]
@@ -110,14 +109,24 @@ def searched(
     return history[-1], curve
 
 
-def trained(batches: DataLoader[Any], reviews: recipe.Reviews, config: recipe.Config) -> float:
-    """Trains a fresh model on batches and returns its test loss: the same for all."""
+def trained(batches: DataLoader[Any], validation: TensorDataset, test: TensorDataset, config: recipe.Config) -> float:
+    """Trains a fresh model; returns its test loss where its validation loss is smallest. The same for all."""
     torch.manual_seed(1000 + config.seed)
     model = recipe.LanguageModel()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for inputs, targets, *_ in batches:
+    found = []
+    for place, (inputs, targets, *_) in enumerate(batches, 1):
         update(model, optimizer, F.cross_entropy(model(inputs), targets), config)
-    return loss_on(model, reviews.test)
+        if place % EVERY == 0:
+            found.append((loss_on(model, validation), loss_on(model, test)))
+    return min(found)[1]
+
+
+def halves(data: TensorDataset, budget: Budget) -> tuple[DataLoader[Any], TensorDataset]:
+    """Two thirds of the target's examples to train on, and the rest to say when to stop."""
+    cut = 2 * len(data) // 3
+    first, second = (TensorDataset(*(part[where] for part in data.tensors)) for where in (slice(cut), slice(cut, None)))
+    return DataLoader(first, 64, sampler=WeightedRandomSampler(torch.ones(cut), 64 * budget.final)), second
 
 
 def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, value: Tensor, config: recipe.Config) -> None:

@@ -124,9 +124,9 @@ class SyntheticSet(nn.Module):
 class Distillation(Validation):
     """Learns synthetic examples such that a model trained on them alone does well on real ones.
 
-    With synthetic inputs x, targets y and factor η, and the model's parameters w,
+    With synthetic inputs x, targets y and factor r, all three λ, and the model's parameters w,
 
-        min over (x, y, η) of F(w*)    with    w* = argmin over w of η (1/n Σᵢ ℓ(w; xᵢ, yᵢ) + α/2 ‖w‖²)
+        min over λ of F(w*)    with    w* = argmin over w of r (1/n Σᵢ ℓ(w; xᵢ, yᵢ) + α/2 ‖w‖²)
 
     where F is the loss on batches of real examples. The original method (Wang et al. 2018) differentiates a few
     gradient steps from the model's initial parameters: ``unrolled``, with a :class:`DistilledTraining` that is reset.

@@ -116,12 +116,12 @@ class BalancedBatches(Sampler[list[int]]):
 class DomainWeights(Validation):
     """Learns the proportions in which to mix k sources of training data.
 
-    With π = softmax(λ / T), the mean loss L_d of source d, and the model's parameters w,
+    With π = softmax(λ / τ), the mean loss ℓ_d of source d, and the model's parameters w,
 
-        min over λ of F(w*) + β KL(π ‖ uniform)      with      w* = argmin over w of Σ_d π_d L_d(w)
+        min over λ of F(w*) + β KL(π ‖ uniform)      with      w* = argmin over w of Σ_d π_d ℓ_d(w)
 
     where F is the loss on batches of what the model is for. The hypergradient compares sources by one number each,
-    ``c_d = −⟨q, ∇L_d⟩`` with ``H q = ∂F/∂w``: how much more of d would change F. It is ``π_d (c_d − Σ_e π_e c_e) / T``.
+    ``c_d = −⟨q, ∇ℓ_d⟩`` with ``H q = ∂F/∂w``: how much more of d would change F. It is ``π_d (c_d − Σ_e π_e c_e) / τ``.
 
     DoReMi (arXiv 2305.10429) learns weights without a target: those of the source on which a model is worst, beside a
     reference model trained before (excess loss), so that no source is left behind. Here a validation set says what is
@@ -130,7 +130,7 @@ class DomainWeights(Validation):
 
     Args:
         sources: The sources' names, in the order of their numbers, or how many there are.
-        temperature: T; the larger, the slower the weights move away from uniform ones.
+        temperature: τ; the larger, the slower the weights move away from uniform ones.
         uniformity: β, in the units of the loss: keeps sources that make no difference near each other.
         settings: Those of :class:`Validation`: ``data`` (the target's batches), optimizer, criterion, training, ….
 
@@ -195,15 +195,15 @@ class DomainWeights(Validation):
 
 
 class Mixture(Training):
-    """Trains a model on several sources, weighed as :class:`DomainWeights` says: ``Σ_d π_d L_d(w) + α/2 ‖w‖²``.
+    """Trains a model on several sources, weighed as :class:`DomainWeights` says: ``Σ_d π_d ℓ_d(w) + α/2 ‖w‖²``.
 
-    Batches are ``(inputs, targets, sources)``, with the number of its source for each example. How L_d is taken from a
+    Batches are ``(inputs, targets, sources)``, with the number of its source for each example. How ℓ_d is taken from a
     batch of b examples depends on how they come:
 
     - every batch holds examples of every source (:class:`BalancedBatches`): the mean over those of source d. A batch
       without one is an error, for leaving the source out would weigh it less than π says.
     - examples are drawn at known ``rates`` r, whichever sources a batch then holds: ``1/b Σ ℓᵢ / r_d`` over those of d,
-      whose mean over batches is L_d, at the price of a larger variance.
+      whose mean over batches is ℓ_d, at the price of a larger variance.
 
     Args:
         module: The model.
@@ -212,8 +212,8 @@ class Mixture(Training):
         weights: The name of the outer problem; None where the engine has one :class:`DomainWeights` only.
         settings: Those of :class:`Training`: weight_decay (α), optimizer, data, steps, …; ``criterion(outputs, targets,
             reduction="none")`` gives one value an example, or several, of which the mean is taken: ``(b,)``, or
-            ``(b, T)`` for the tokens of texts. With padding, give one of your own that returns each text's mean. The
-            cross-entropy by default.
+            ``(b, length)`` for the tokens of texts. With padding, give one of your own that returns each text's mean.
+            The cross-entropy by default.
 
     Raises:
         ConfigError: Rates that are not above 0 or do not sum to 1.
