@@ -136,6 +136,7 @@ def as_list(images: SyntheticSet) -> list[list[float]]:
 
 
 def draw(study: Study, figure: Figure) -> None:
+    figure.set_size_inches(8.0, 2.2)
     axes = figure.subplots(2, 10)
     for row, kind in zip(axes, ("real", "distilled"), strict=True):
         for digit, (place, image) in enumerate(zip(row, study.data[kind], strict=True)):
