@@ -192,19 +192,19 @@ def without_others(settings: recipe.Config) -> Any:
 
 
 def draw(study: Study, figure: Any) -> None:
-    grid = figure.add_gridspec(3, 1, height_ratios=[1, 1, 3])
+    grid = figure.add_gridspec(2, 2, height_ratios=[1, 3])
     example, decays = torch.tensor(study.data["example"]), torch.tensor(study.data["decays"])
-    shown = figure.add_subplot(grid[0])
+    shown = figure.add_subplot(grid[0, 0])
     shown.imshow(example.reshape(8, -1), cmap="gray")
-    shown.set_title("an example: its label is the first digit's", fontsize="medium")
-    learned = figure.add_subplot(grid[1])
+    shown.set_title("an example, labelled 'four'", fontsize="medium")
+    learned = figure.add_subplot(grid[0, 1])
     image = learned.imshow(decays.log10().mean(0).reshape(8, -1), cmap="viridis")
-    learned.set_title("learned decay of each pixel (mean of log₁₀ over seeds)", fontsize="medium")
-    figure.colorbar(image, ax=[shown, learned], fraction=0.03)
+    learned.set_title("log₁₀ of the learned decays", fontsize="medium")
+    figure.colorbar(image, ax=learned, orientation="horizontal", shrink=0.6)
     for axes in (shown, learned):
         axes.set_xticks([])
         axes.set_yticks([])
-    curves = figure.add_subplot(grid[2])
+    curves = figure.add_subplot(grid[1, :])
     for per, paths in study.data["paths"].items():
         mean = 100 * torch.tensor(paths).mean(0)
         curves.plot(range(1, len(mean) + 1), mean, label=f"{PER[per]}, learned")
