@@ -114,3 +114,25 @@ def test_the_command_line_of_its_docstring_runs(capsys: pytest.CaptureFixture[st
 def test_the_settings_file_says_what_the_defaults_are(recipe: Recipe) -> None:
     defaults = load_config(None, ["hypergradient=neumann"], recipe.schema, defaults=recipe.defaults)
     assert load_config(EXAMPLES / "hyper_cleaning.toml", (), recipe.schema) == defaults
+
+
+def test_a_weight_network_learns_that_large_losses_are_wrong_labels() -> None:
+    recipe = load_recipe(EXAMPLES / "weight_network.py")
+    engine: Any = built(recipe, "engine.progress=false")
+    images = engine.problems["classifier"].images
+    assert abs(float(images.wrong.float().mean()) - 0.4) < 0.05
+    engine.run(60)
+    weights = engine.problems["weight_network"].weights(torch.tensor([0.1, 6.0])).detach()
+    assert float(weights[0]) > 0.8
+    assert float(weights[1]) < 0.5
+    assert engine.evaluate()["classifier/accuracy"] > 0.8
+
+
+def test_rare_classes_are_rare() -> None:
+    recipe = load_recipe(EXAMPLES / "weight_network.py")
+    labels = built(recipe, "recipe.task=imbalanced").problems["classifier"].images.train[1]  # type: ignore[attr-defined]
+    counts = labels.bincount(minlength=10)
+    assert int(counts[0]) == 300
+    assert int(counts[9]) < 20
+    with pytest.raises(ConfigError, match=r"'noisy'"):
+        built(recipe, "recipe.task=noise")
