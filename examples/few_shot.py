@@ -22,12 +22,13 @@ from bilevel.problems import Adaptation, Episodes, MetaLearner, PrototypeMetaLea
 class Config:
     data: str = ""  # a folder with Omniglot's two files; handwritten digits without
     algorithm: str = "maml"
-    ways: int = 5
     shots: int = 1
+    tasks: int = 4  # in an outer step
     steps: int = 5  # of adaptation
-    rate: float = 0.4
+    rate: float = 0.2
     outer_rate: float = 0.003
     seed: int = 0
+    device: str = "cpu"
 
 
 DEFAULTS = RunConfig(engine=EngineConfig(steps=100), hypergradient=Unrolled(), recipe=Config())
@@ -35,7 +36,7 @@ ALGORITHMS = {  # the outer problem, and what the inner one is told
     "maml": (MetaLearner, {}),
     "first_order": (MetaLearner, {"hypergradient": OneStep(learning_rate=0, difference="central")}),
     "anil": (MetaLearner, {"params": "head.*"}),
-    "imaml": (MetaLearner, {"proximal": 2.0, "hypergradient": ConjugateGradient(max_iterations=5)}),
+    "imaml": (MetaLearner, {"proximal": 0.5, "hypergradient": ConjugateGradient(max_iterations=5, damping=10.0)}),
     "meta_sgd": (partial(MetaLearner, learned_rates="*"), {}),
     "protomaml": (partial(PrototypeMetaLearner, head="head"), {}),
 }
@@ -59,7 +60,7 @@ def turned(images, labels):  # by 0, 90, 180 and 270 degrees, which makes four c
     return torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)]), torch.cat(more)
 
 
-def network(ways, width=32):
+def network(width=32, ways=5):
     layers = OrderedDict()
     for number, channels in enumerate([1, width, width, width]):
         norm = nn.BatchNorm2d(width, track_running_stats=False)
@@ -69,11 +70,10 @@ def network(ways, width=32):
 
 def build(config):
     recipe, (train, test) = config.recipe, characters(config.recipe.data)
-    shape = recipe.ways, recipe.shots, 5
-    tasks, new = Episodes(turned(*train), *shape, tasks=4, seed=recipe.seed), Episodes(test, *shape, 20, seed=10**6)
+    tasks = Episodes(turned(*train), ways=5, shots=recipe.shots, queries=5, tasks=recipe.tasks, seed=recipe.seed)
+    new = Episodes(test, ways=5, shots=recipe.shots, queries=5, tasks=20, seed=10**6)
     torch.manual_seed(recipe.seed)
-    model, (learner, settings) = network(recipe.ways), ALGORITHMS[recipe.algorithm]
-    meta = learner(model, optimizer=partial(torch.optim.Adam, lr=recipe.outer_rate))
-    settings = {"steps": recipe.steps, "held_out": new, "held_out_batches": 10, **settings}
-    inner = Adaptation(model, tasks, optimizer=partial(torch.optim.SGD, lr=recipe.rate), **settings)
-    return Engine([meta, inner], config.engine, config.hypergradient)
+    model, (learner, settings) = network().to(recipe.device), ALGORITHMS[recipe.algorithm]
+    adam, sgd = partial(torch.optim.Adam, lr=recipe.outer_rate), partial(torch.optim.SGD, lr=recipe.rate)
+    inner = Adaptation(model, tasks, optimizer=sgd, steps=recipe.steps, held_out=new, held_out_batches=10, **settings)
+    return Engine([learner(model, optimizer=adam), inner], config.engine, config.hypergradient)

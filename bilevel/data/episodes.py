@@ -17,13 +17,13 @@ __all__ = ["Episodes", "FunctionEpisodes", "TaskBatch", "TaskSource", "split_cla
 
 
 class TaskBatch(NamedTuple):
-    """T tasks, stacked: what each is learned from, and what it is then judged by.
+    """M tasks, stacked: what each is learned from, and what it is then judged by.
 
     Attributes:
-        support_inputs: ``(T, n, …)``.
-        support_targets: ``(T, n, …)``; classes are numbered from 0 within each task.
-        query_inputs: ``(T, m, …)``.
-        query_targets: ``(T, m, …)``.
+        support_inputs: ``(M, n, …)``.
+        support_targets: ``(M, n, …)``; classes are numbered from 0 within each task.
+        query_inputs: ``(M, m, …)``.
+        query_targets: ``(M, m, …)``.
     """
 
     support_inputs: Tensor
@@ -79,7 +79,7 @@ class _Numbered:
 
 
 class Episodes(_Numbered):
-    """N-way k-shot tasks over labelled data, in batches of T.
+    """N-way k-shot tasks over labelled data, in batches of M.
 
     A task has ``ways`` different classes, relabelled ``0 … ways − 1``, and of each of them ``shots`` examples to learn
     from and ``queries`` others to be judged by. Every class and every example is equally likely, no class and no
@@ -94,7 +94,7 @@ class Episodes(_Numbered):
         ways: N, the classes of a task.
         shots: k, the examples of a class to learn from.
         queries: The examples of a class to be judged by.
-        tasks: T, the tasks of a batch.
+        tasks: M, the tasks of a batch.
         classes: The labels to draw from, all by default; see :func:`split_classes`.
         labels: The labels of a data set; None to read every item once.
         seed: Of what is drawn.
@@ -198,14 +198,14 @@ class Episodes(_Numbered):
 
 
 class FunctionEpisodes(_Numbered):
-    """Tasks from a distribution of functions, in batches of T.
+    """Tasks from a distribution of functions, in batches of M.
 
     ``episodes[i]`` follows from the seed and ``i`` alone.
 
     Args:
         draw: Draws one task with the generator that it is given: ``(support_inputs, support_targets, query_inputs,
             query_targets)``, of the same shapes every time.
-        tasks: T, the tasks of a batch.
+        tasks: M, the tasks of a batch.
         seed: Of what is drawn.
 
     Raises:

@@ -26,20 +26,20 @@ __all__ = ["Adaptation", "MetaLearner"]
 
 
 class MetaLearner(Problem):
-    """Outer problem of few-shot learning: parameters θ of a network, from which tasks are learned in a few steps.
+    """Outer problem of few-shot learning: parameters λ of a network, from which tasks are learned in a few steps.
 
     The problem is ::
 
-        min over θ of  1/T Σ_t F_t(w_t),    w_t = θ + s ∘ δ_t,    δ_t from a few steps on f_t(θ + s ∘ δ), from δ = 0
+        min over λ of  1/M Σ_i F_i(w_i),    w_i = λ + s ⊙ d_i,    d_i from a few steps on f_i(λ + s ⊙ d), from d = 0
 
-    F_t is the loss on the query set of task t, f_t that on its support set. The steps are those of
-    :class:`Adaptation`, which owns the displacements δ and draws the tasks. Since θ is in the inner loss, a step on δ
+    F_i is the loss on the query set of task i, f_i that on its support set. The steps are those of
+    :class:`Adaptation`, which owns the displacements d and draws the tasks. Since λ is in the inner loss, a step on d
     is one on w, and the engine's method decides what is learned:
 
     - ``"unrolled"``: MAML (Finn et al., ICML 2017, arXiv 1703.03400), through whatever optimiser makes the steps.
-    - ``"conjugate_gradient"``, ``"neumann"``, … with ``Adaptation(proximal=λ)``: implicit MAML (Rajeswaran et al.,
+    - ``"conjugate_gradient"``, ``"neumann"``, … with ``Adaptation(proximal=β)``: implicit MAML (Rajeswaran et al.,
       NeurIPS 2019, arXiv 1909.04630).
-    - ``OneStep(learning_rate=0, difference="central")``: first-order MAML, the derivative at fixed δ.
+    - ``OneStep(learning_rate=0, difference="central")``: first-order MAML, the derivative at fixed d.
     - ``Adaptation(params="head.*")``: ANIL (Raghu et al., ICLR 2020, arXiv 1909.09157).
     - ``MetaLearner(learned_rates="*")``: Meta-SGD (Li et al., 2017, arXiv 1707.09835).
 
@@ -47,8 +47,8 @@ class MetaLearner(Problem):
         network: The network; its forward pass takes inputs alone. The same object goes to :class:`Adaptation`.
         criterion: ``(outputs, targets) -> scalar`` of one task's query set; that of :class:`Adaptation` by default.
         learned_rates: Which of the adapted parameters have learned rates: patterns over the network's parameter names,
-            as for ``params``. Each element then has a factor s, 1 at first, that is learned with θ: a gradient step of
-            rate η on δ is one of rate ``η s²`` on w. (Meta-SGD learns the rate itself, whose sign it lets change.)
+            as for ``params``. Each element then has a factor s, 1 at first, that is learned with λ: a gradient step of
+            rate η on d is one of rate ``η s²`` on w. (Meta-SGD learns the rate itself, whose sign it lets change.)
         adaptation: The name of the inner problem; None where the engine has one only.
         settings: Those of :class:`~bilevel.Problem` but ``data``. Patterns of ``params`` are over the names in
             ``module``: the network's, or with learned rates ``network.*`` and ``factors.*``.
@@ -96,29 +96,29 @@ class MetaLearner(Problem):
         return counterpart(self, Adaptation, self.adaptation_name)
 
     def factors(self) -> dict[str, Tensor]:
-        """Returns s by parameter name, where rates are learned: a gradient step on δ has the rate ``η s²`` on w."""
+        """Returns s by parameter name, where rates are learned: a gradient step on d has the rate ``η s²`` on w."""
         return self.module.factors.values() if isinstance(self.module, _RatedNetwork) else {}
 
     def initial_values(self, tasks: TaskBatch) -> Mapping[str, Tensor]:
-        """Returns where adaptation starts from; θ for every task unless overridden.
+        """Returns where adaptation starts from; λ for every task unless overridden.
 
         Args:
             tasks: The batch.
 
         Returns:
-            By the network's parameter names: tensors of the parameter's shape, or ``(T, *shape)`` where tasks differ.
+            By the network's parameter names: tensors of the parameter's shape, or ``(M, *shape)`` where tasks differ.
         """
         return dict(self.network.named_parameters())
 
     def adapted(
         self, tasks: TaskBatch, displacements: Mapping[str, Tensor], *, constant: bool = False
     ) -> dict[str, Tensor]:
-        """Returns the network's parameters after adaptation, ``w = θ + s ∘ δ``.
+        """Returns the network's parameters after adaptation, ``w = λ + s ⊙ d``.
 
         Args:
             tasks: The batch.
-            displacements: δ by parameter name, ``(T, *shape)``.
-            constant: Whether θ and s are taken for constants.
+            displacements: d by parameter name, ``(M, *shape)``.
+            constant: Whether λ and s are taken for constants.
 
         Raises:
             ConfigError: Learned rates of parameters that do not adapt.
@@ -150,14 +150,14 @@ class MetaLearner(Problem):
 
 
 class Adaptation(Problem):
-    """Inner problem of few-shot learning: displacements δ of a network's parameters, T of each, one a task.
+    """Inner problem of few-shot learning: displacements d of a network's parameters, M of each, one a task.
 
     The problem is ::
 
-        min over δ of  Σ_t f_t(θ + s ∘ δ_t) + λ/2 ‖δ_t‖²
+        min over d of  Σ_i f_i(λ + s ⊙ d_i) + β/2 ‖d_i‖²
 
     The sum lets every task have its own gradient, and so learning rates mean what they do for a single task; norms of
-    gradients (``max_grad_norm``, line searches) are over all tasks. Tasks are evaluated together. δ starts from 0 with
+    gradients (``max_grad_norm``, line searches) are over all tasks. Tasks are evaluated together. d starts from 0 with
     new tasks before every update of the problem above: batch 0 of ``tasks`` first, then 1, 2, ….
 
     Layers with batch normalisation take their statistics from the batch they are given, task by task and support and
@@ -171,11 +171,11 @@ class Adaptation(Problem):
             batch for ``tasks[number]``. All batches have as many tasks.
         params: Which of the network's parameters adapt: patterns over their names, or a predicate ``(name, parameter)
             -> bool``. All trainable ones by default.
-        optimizer: A callable that makes the optimiser of δ. Its weight decay pulls w towards θ.
+        optimizer: A callable that makes the optimiser of d. Its weight decay pulls w towards λ.
         criterion: ``(outputs, targets) -> scalar`` of one task's support set; the cross-entropy by default.
-        proximal: λ, which makes the solution unique where it is above the loss's negative curvature, and implicit
-            methods stable.
-        chunk_size: How many tasks to evaluate together; None for all. Smaller chunks are often faster on CPUs.
+        proximal: β, which makes the solution unique where it is above the loss's negative curvature. Implicit methods
+            then take ``(I + H/β)⁻¹ v`` for ``v = ∂F/∂w``; with a damping δ, ``(I + H/(β + δ))⁻¹ v``.
+        chunk_size: How many tasks to evaluate together; None for all. Smaller chunks take less memory.
         vectorized: Whether to evaluate tasks together, by ``torch.func.vmap``. False is for networks that cannot be:
             control flow that depends on values, operations without a batching rule.
         held_out: Tasks of other classes, on which :meth:`evaluate` reports.
@@ -190,9 +190,9 @@ class Adaptation(Problem):
         UnknownNameError: A pattern that matches no trainable parameter.
         DataError: No tasks, or later, another number of them.
 
-    In data-parallel runs gradients of δ are averaged too: every process must draw the same tasks.
+    In data-parallel runs gradients of d are averaged too: every process must draw the same tasks.
 
-    Cost: 1 forward pass of the support sets a loss, over T copies of the parameters; memory for T displacements.
+    Cost: 1 forward pass of the support sets a loss, over M copies of the parameters; memory for M displacements.
     """
 
     def __init__(
@@ -233,11 +233,11 @@ class Adaptation(Problem):
         return counterpart(self, MetaLearner, self.meta_learner_name)
 
     def displacements(self) -> dict[str, Tensor]:
-        """Returns δ by the network's parameter names, ``(T, *shape)``."""
+        """Returns d by the network's parameter names, ``(M, *shape)``."""
         return self._held.values()
 
     def tasks(self) -> TaskBatch:
-        """Returns the present tasks: those that δ is, or will be, adapted to.
+        """Returns the present tasks: those that d is, or will be, adapted to.
 
         Raises:
             DataError: They are not as many as the first ones.
@@ -251,7 +251,7 @@ class Adaptation(Problem):
         return batch.to(self.parameters[0].device)
 
     def restart(self) -> None:
-        """Sets δ to 0 and goes on to the next tasks."""
+        """Sets d to 0 and goes on to the next tasks."""
         super().restart()
         self._go_on()
 
@@ -261,16 +261,16 @@ class Adaptation(Problem):
             self._go_on()
 
     def outputs(self, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """Returns the network's outputs ``(T, n, …)``.
+        """Returns the network's outputs ``(M, n, …)``.
 
         Args:
-            values: The network's parameters by name, of their own shapes or ``(T, *shape)``.
-            inputs: ``(T, n, …)``.
+            values: The network's parameters by name, of their own shapes or ``(M, *shape)``.
+            inputs: ``(M, n, …)``.
         """
         return stacked_outputs(self.network, values, inputs, vectorized=self.vectorized, chunk_size=self.chunk_size)
 
     def losses(self, outputs: Tensor, targets: Tensor, criterion: Criterion | None = None) -> Tensor:
-        """Returns the loss of every task, ``(T,)``."""
+        """Returns the loss of every task, ``(M,)``."""
         return stacked_losses(criterion or self.criterion, outputs, targets, vectorized=self.vectorized)
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
@@ -286,7 +286,7 @@ class Adaptation(Problem):
             steps: ``self.steps`` by default.
 
         Returns:
-            By the network's parameter names; ``(T, *shape)`` for those that adapt.
+            By the network's parameter names; ``(M, *shape)`` for those that adapt.
 
         Cost: ``steps`` forward and backward passes of the support sets, over as many copies as there are tasks.
         """

@@ -24,7 +24,7 @@ class PrototypeMetaLearner(MetaLearner):
         W_k = 2 c_k,    b_k = −‖c_k‖²,
 
     so that the head starts as the classifier by squared distance to the prototypes, and is adapted from there.
-    Prototypes are computed at θ before adaptation and depend on it, also where a derivative is taken. The head's own
+    Prototypes are computed at λ before adaptation and depend on it, also where a derivative is taken. The head's own
     values are unused, and not owned. Source: Triantafillou et al., ICLR 2020 (arXiv 1903.03096, section 3).
 
     Args:
@@ -50,10 +50,10 @@ class PrototypeMetaLearner(MetaLearner):
         self._weight, self._bias = (f"{head}.{part}" if head else part for part in ("weight", "bias"))
         self._sizes = linear[head].out_features, linear[head].in_features
         if not isinstance(settings.get("optimizer"), Optimizer):  # which owns what it holds
-            settings.setdefault("params", self._is_none_of_the_head)
+            settings.setdefault("params", self._is_none_of_ihe_head)
         super().__init__(network, **settings)
 
-    def _is_none_of_the_head(self, name: str, parameter: nn.Parameter) -> bool:
+    def _is_none_of_ihe_head(self, name: str, parameter: nn.Parameter) -> bool:
         return name.removeprefix("network.") not in (self._weight, self._bias)
 
     def initial_values(self, tasks: TaskBatch) -> Mapping[str, Tensor]:
@@ -63,7 +63,7 @@ class PrototypeMetaLearner(MetaLearner):
         return {**values, self._weight: 2 * prototypes, self._bias: -prototypes.square().sum(-1)}
 
     def prototypes(self, values: Mapping[str, Tensor], tasks: TaskBatch) -> Tensor:
-        """Returns the mean features of every class, ``(T, classes, features)``.
+        """Returns the mean features of every class, ``(M, classes, features)``.
 
         Args:
             values: The network's parameters.

@@ -42,12 +42,12 @@ def stacked_outputs(
     vectorized: bool = True,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Returns the network's outputs ``(T, n, …)`` for every task's inputs.
+    """Returns the network's outputs ``(M, n, …)`` for every task's inputs.
 
     Args:
         network: The network.
-        values: What to put in its parameters' places: of the parameter's shape for all tasks, or ``(T, *shape)``.
-        inputs: ``(T, n, …)``.
+        values: What to put in its parameters' places: of the parameter's shape for all tasks, or ``(M, *shape)``.
+        inputs: ``(M, n, …)``.
         vectorized: Whether tasks are evaluated together, by ``torch.func.vmap``, or one after the other.
         chunk_size: How many at a time; None for all.
     """
@@ -65,12 +65,12 @@ def stacked_outputs(
 def stacked_losses(
     criterion: Callable[..., Tensor], outputs: Tensor, targets: Tensor, *, vectorized: bool = True
 ) -> Tensor:
-    """Returns ``criterion(outputs[t], targets[t])`` for every task, ``(T,)``."""
+    """Returns ``criterion(outputs[i], targets[i])`` for every task, ``(M,)``."""
     return _over_tasks(criterion, vectorized, None)(outputs, targets)
 
 
 def accuracies(outputs: Tensor, targets: Tensor) -> Tensor | None:
-    """Returns the share of right answers of every task, ``(T,)``; None where targets are no classes."""
+    """Returns the share of right answers of every task, ``(M,)``; None where targets are no classes."""
     if targets.is_floating_point() or outputs.dim() != targets.dim() + 1:
         return None
     return (outputs.detach().argmax(-1) == targets).float().flatten(1).mean(1)
