@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,11 +76,6 @@ class BiDoRATrainingArguments(TrainingArguments):
     def estimator(self) -> Estimator:
         """The hypergradient method of the search."""
         return as_estimator(self.hypergradient)
-
-    @property
-    def search_dir(self) -> str:
-        """Where the search leaves its state."""
-        return os.path.join(self.output_dir or ".", "search")
 
     def _check_search(self) -> None:
         refused = {

@@ -111,6 +111,7 @@ def evaluate(
         label_names=card["label_names"],
         subset=card.get("subset") if own else None,
         max_rows=max_rows,
+        drop_missing=card["settings"].get("drop_missing", False),
         seed=card["settings"]["seed"],
     )
     metrics = evaluate_model(loaded.model, loaded.tokenizer, tokenize(text.test, loaded.tokenizer, card["max_length"]))

@@ -105,6 +105,7 @@ def prepare(settings: TrainSettings) -> Prepared:
         label_column=settings.label_column,
         subset=settings.subset,
         max_rows=settings.max_rows,
+        drop_missing=settings.drop_missing,
         seed=settings.seed,
     )
     _, tokenizer = load_model_and_tokenizer(settings.model, text.num_labels, id2label=text.id2label, seed=settings.seed)

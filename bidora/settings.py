@@ -28,6 +28,7 @@ class TrainSettings:
         label_column: The column of classes; guessed where None.
         max_length: Tokens that a text is cut to.
         max_rows: Use so many rows of each split at most, drawn at random.
+        drop_missing: Leave rows out that lack a text or a label, instead of refusing them.
         method: ``"bidora"``, ``"dora"``, ``"lora"`` or ``"full"``.
         hypergradient: How the magnitude's gradient passes through the direction.
         rank: r of the adapter.
@@ -55,6 +56,7 @@ class TrainSettings:
     label_column: str | None = None
     max_length: int = 96
     max_rows: int | None = None
+    drop_missing: bool = False
     method: str = "bidora"
     hypergradient: Estimator = field(default_factory=lambda: FiniteDifference(epsilon=0.01))
     rank: int = 4
@@ -85,6 +87,12 @@ class TrainSettings:
         check_number(owner, "alpha", self.alpha, minimum=0.0, exclusive=True)
         check_number(owner, "dropout", self.dropout, minimum=0.0)
         check_number(owner, "learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
+        check_number(owner, "orthogonality", self.orthogonality, minimum=0.0)
+        check_number(owner, "validation_fraction", self.validation_fraction, minimum=0.0, exclusive=True)
+        if self.validation_fraction >= 1.0:
+            raise ConfigError(f"{owner}.validation_fraction must be below 1, not {self.validation_fraction}")
+        if self.magnitude_learning_rate is not None:
+            check_number(owner, "magnitude_learning_rate", self.magnitude_learning_rate, minimum=0.0)
 
 
 def resolve_device(device: str) -> str:

@@ -18,6 +18,7 @@ from bidora.analysis import LayerChange, WeightDecomposition
 from bidora.cli import main
 from bidora.data import load_text_data
 from bidora.report import draw_decomposition
+from bidora.settings import TrainSettings
 from bilevel.errors import BilevelError, ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")  # a transformer is not convex
@@ -155,6 +156,26 @@ def test_a_merge_that_would_change_outputs_writes_nothing(run: Path, monkeypatch
     assert not (run / "spoilt").exists()
 
 
+def test_rows_with_gaps_are_left_out_where_the_guide_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "".join(f"{('good', 'bad')[k % 2]} text,{k % 2}\n" for k in range(30))
+    (tmp_path / "texts.csv").write_text(f"text,label\n{lines},1\n", encoding="utf-8")
+    words = ["train", "--data", tmp_path / "texts.csv", "--output", tmp_path / "run", "--method", "lora", *TINY]
+    assert command(*words) == 2
+    assert "drop_missing" in capsys.readouterr().err
+    assert command(*words, "--set", "drop_missing=true") == 0
+    assert command("evaluate", tmp_path / "run" / "adapter") == 0  # which reads the same rows
+    assert "6 test rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["validation_fraction=1.0", "orthogonality=-1", "magnitude_learning_rate=-0.1"])
+def test_settings_are_refused_before_anything_is_loaded(setting: str) -> None:
+    name, _, value = setting.partition("=")
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        TrainSettings(model="none", **{name: float(value)})  # type: ignore[arg-type]
+
+
 # Files and costs
 
 
@@ -249,6 +270,19 @@ def test_the_pooler_makes_the_slope_as_the_guide_says() -> None:
         assert last.name == "bert.pooler.dense"
         ratios.append(last.direction / others[0].direction)
     assert (round(min(ratios)), round(max(ratios))) == (lowest, highest)
+
+
+def test_slopes_have_the_intervals_of_the_guide() -> None:
+    from scipy import stats
+
+    said = [(float(a), float(b)) for a, b in re.findall(r"(-?\d\.\d+) ± (\d\.\d+)", GUIDE.replace("−", "-"))]
+    found = []
+    for name in ("LoRA", "DoRA", "BiDoRA"):
+        layers = kept()["query-value"][name].layers
+        fit = stats.linregress([layer.direction for layer in layers], [layer.magnitude for layer in layers])
+        width = stats.t.ppf(0.975, len(layers) - 2) * fit.stderr
+        found.append((round(float(fit.slope), 2), round(float(width), 2)))
+    assert said == found
 
 
 def test_changes_are_those_of_the_formulas(make_bert: Callable[..., Any]) -> None:
