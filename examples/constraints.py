@@ -25,8 +25,8 @@ class Config:
     seed: int = 0
 
 
-DEFAULTS = RunConfig(engine=EngineConfig(steps=50), hypergradient=ConjugateGradient(100), recipe=Config())
-RIDGE = 0.02  # added to the kernel's diagonal
+DEFAULTS = RunConfig(engine=EngineConfig(steps=40), hypergradient=ConjugateGradient(100), recipe=Config())
+RIDGE = 0.001  # added to the kernel's diagonal
 
 
 def load(config):
@@ -73,7 +73,7 @@ class Machine(Constrained):  # inner: min ½ αᵀQα − Σ α over 0 ≤ α �
 
 def build(config):
     splits = load(config.recipe)
-    outer = Kernel(splits, config.recipe, optimizer=lambda p: torch.optim.Adam(p, lr=0.1))
-    nesterov = lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.97, nesterov=True)  # noqa: E731
-    inner = Machine(splits[0], optimizer=nesterov, steps=100, normal_curvature=0.1)
+    outer = Kernel(splits, config.recipe, optimizer=lambda p: torch.optim.Adam(p, lr=0.2))
+    nesterov = lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.98, nesterov=True)  # noqa: E731
+    inner = Machine(splits[0], optimizer=nesterov, steps=200, normal_curvature=0.1)
     return Engine([outer, inner], config.engine, config.hypergradient)

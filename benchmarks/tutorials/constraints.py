@@ -24,7 +24,7 @@ class Budget:
 
 
 SMALL = Budget(seeds=1, steps=2, grid=1)
-FULL = Budget(seeds=5, steps=50, grid=2)
+FULL = Budget(seeds=5, steps=40, grid=2)
 
 
 def judged(decide: Any, part: Any) -> tuple[float, float]:

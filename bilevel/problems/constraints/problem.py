@@ -116,11 +116,7 @@ class Constrained(Problem):
         more = self.normal_curvature / 2 * sum(part.square().sum() for part in away)
         if not isinstance(found, Mapping):
             return found + more
-        outputs = found.get("outputs", ())
-        whole = {**found, "loss": found["loss"] + more}
-        if "outputs" in found:  # what Gauss–Newton curvature is made of: the second term is a square of these
-            whole["outputs"] = [*([outputs] if isinstance(outputs, Tensor) else outputs), *away]
-        return whole
+        return {**found, "loss": found["loss"] + more}
 
     def update(self, gradients: Sequence[Tensor], values: Mapping[str, Any]) -> None:
         """See :meth:`Problem.update`; remembers the face on which the update ends."""
