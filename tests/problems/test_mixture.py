@@ -276,6 +276,14 @@ def test_balanced_batches_hold_every_source_and_show_the_largest_once():
     assert counts.max() - counts.min() <= 1  # the small one's rounds are whole ones
 
 
+def test_the_order_is_new_each_epoch_and_follows_the_generator():
+    ids = three_sources().ids
+    same, other = (BalancedBatches(ids, 2, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    first, second = list(same), list(same)
+    assert first != second
+    assert [list(other), list(other)] == [first, second]
+
+
 def test_a_source_number_that_no_example_has_is_an_error():
     with pytest.raises(DataError, match=r"sources \[1\] of 3 have no examples"):
         BalancedBatches([0, 2], 1)
