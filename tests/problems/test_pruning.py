@@ -231,6 +231,8 @@ def test_a_cut_has_real_zeros_and_leaves_the_network_alone(mask: str, share: flo
         assert torch.equal(found[place].weight[kept], value[kept])
     for name, value in masked.state_dict().items():
         assert torch.equal(value, state[name])
+    for value, place in zip(values, (0, 2), strict=True):  # a copy of a parametrised module shares its class
+        assert torch.equal(masked[place].weight, value)
 
 
 def test_zeros_stay_zeros_while_the_rest_is_trained() -> None:
