@@ -9,6 +9,15 @@ from bilevel.problems.constraints import Ball, Box, Constrained, ConstrainedTrai
 from bilevel.problems.coreset import Coreset, CoresetTraining
 from bilevel.problems.distillation import Distillation, DistilledTraining, SyntheticSet, redraw
 from bilevel.problems.few_shot import Adaptation, Assessment, MetaLearner, PrototypeMetaLearner
+from bilevel.problems.games import (
+    AdversarialTraining,
+    Firm,
+    Perturbation,
+    Player,
+    QuantityGame,
+    RobustValidation,
+    attack,
+)
 from bilevel.problems.hyperparameters import (
     Augmentation,
     Hyperparameter,
@@ -43,6 +52,7 @@ from bilevel.problems.weight_network import LossWeighted, WeightNetwork
 
 __all__ = [
     "Adaptation",
+    "AdversarialTraining",
     "Analytic",
     "Architecture",
     "Assessment",
@@ -62,6 +72,7 @@ __all__ = [
     "DomainWeights",
     "Episodes",
     "ExampleWeights",
+    "Firm",
     "FunctionEpisodes",
     "Hyperparameter",
     "Hyperparameters",
@@ -77,15 +88,19 @@ __all__ = [
     "NestedQuadratic",
     "Noise",
     "Paced",
+    "Perturbation",
+    "Player",
     "Problem",
     "PrototypeMetaLearner",
     "Pruning",
     "Quadratic",
+    "QuantityGame",
     "RandomBrightness",
     "RandomShift",
     "Relabelled",
     "Reweighted",
     "Ridge",
+    "RobustValidation",
     "ScoreMask",
     "Simplex",
     "SoftLabels",
@@ -102,6 +117,7 @@ __all__ = [
     "Variable",
     "WeightDecay",
     "WeightNetwork",
+    "attack",
     "counterpart",
     "discretise",
     "genotype",
