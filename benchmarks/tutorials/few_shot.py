@@ -36,7 +36,7 @@ class Budget:
 SMALL = Budget(seeds=1, steps={1: 3}, test_batches=1, test_steps=(0, 5))
 FULL = Budget(
     seeds=3,
-    steps={1: 800, 5: 300},
+    steps={1: 800},
     test_batches=30,
     test_steps=(0, 1, 2, 5, 10, 20),
     workers=os.cpu_count() or 1,
@@ -60,7 +60,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "meta_sgd": {"rate": 0.1},
     "protomaml": {"rate": 0.03, "outer_rate": 0.01},
 }
-SCRATCH_STEPS, SCRATCH_RATE = 20, 0.4
+SCRATCH_STEPS, SCRATCH_RATE = 50, 0.4
 CURVE_BATCHES = 10
 
 
