@@ -473,7 +473,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     model = linear()
     bad: list[tuple[Any, type[Exception], str]] = [
         (lambda: WeightDecay(model, initial=0.0), ConfigError, r"WeightDecay\.initial .* above 0"),
-        (lambda: WeightDecay(model, per="layer"), UnknownNameError, r"WeightDecay\.per 'layer'.*'element', 'input', 'model'"),
+        (lambda: WeightDecay(model, per="layer"), UnknownNameError, r"WeightDecay\.per 'layer'.*'input', 'model'"),
         (lambda: WeightDecay(model, params="*wieght"), UnknownNameError, r"'\*wieght'.*1\.weight"),
         (lambda: WeightDecay(model, initial=1.0, maximum=0.5), ConfigError, r"WeightDecay\.maximum"),
         (lambda: LabelSmoothing(0.0), ConfigError, r"LabelSmoothing\.initial .* above 0"),
