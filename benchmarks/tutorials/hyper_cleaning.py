@@ -85,7 +85,8 @@ def _one(budget: Budget, config: recipe.Config, methods: Sequence[str] = tuple(M
         rows[f"cleaned, `{method}`"] = _judged(digits, (x, y), cleaner.weights().detach(), decay)
         if method == MAIN:
             found = cleaner.weights().detach()
-            weights = {"right": found[~digits.wrong].tolist(), "wrong": found[digits.wrong].tolist()}
+            parts = {"right": found[~digits.wrong], "wrong": found[digits.wrong]}
+            weights = {name: [float(f"{value:.3g}") for value in part.tolist()] for name, part in parts.items()}
     case = {"rate": config.wrong, "seed": config.seed, "trusted": config.num_trusted}
     return {**case, "rows": rows, "costs": costs, "weights": weights}
 
