@@ -587,6 +587,16 @@ def test_bad_settings(settings: dict[str, Any], error: type[Exception], message:
         engine_of(**settings)
 
 
+def test_both_problems_need_the_same_network() -> None:
+    meta, inner = MetaLearner(network(), optimizer=sgd()), Adaptation(network(), episodes(), optimizer=sgd())
+    with pytest.raises(ParameterError, match="have different networks"):
+        Engine([meta, inner], EngineConfig(progress=False))
+    with pytest.raises(ParameterError, match="needs a network, an nn.Module, not dict"):
+        Adaptation({}, episodes(), optimizer=sgd())  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="must be an nn.Module"):
+        MetaLearner({}, optimizer=sgd())  # type: ignore[arg-type]
+
+
 def test_batches_are_refused() -> None:
     running = engine_of()
     with pytest.raises(ConfigError, match="takes no data or batches"):

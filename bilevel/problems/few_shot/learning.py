@@ -213,6 +213,8 @@ class Adaptation(Problem):
         **settings: Any,
     ) -> None:
         name = settings.get("name") or "adaptation"
+        if not isinstance(network, nn.Module):
+            raise ParameterError(f"problem {name!r} needs a network, an nn.Module, not {type(network).__name__}")
         _check_settings(name, optimizer, proximal, chunk_size, held_out_batches, held_out_steps)
         adapting = select_parameters(name, network, params)
         _refuse_running_statistics(name, network)
@@ -229,8 +231,18 @@ class Adaptation(Problem):
         self._make_optimizer = optimizer
 
     def learner(self) -> MetaLearner:
-        """Returns the outer problem."""
-        return counterpart(self, MetaLearner, self.meta_learner_name)
+        """Returns the outer problem.
+
+        Raises:
+            GraphError: There is none, or several and no name says which.
+            ParameterError: It has another network.
+        """
+        found = counterpart(self, MetaLearner, self.meta_learner_name)
+        if found.network is not self.network:
+            raise ParameterError(
+                f"problems {self.name!r} and {found.name!r} have different networks: give both the same object"
+            )
+        return found
 
     def displacements(self) -> dict[str, Tensor]:
         """Returns d by the network's parameter names, ``(M, *shape)``."""
