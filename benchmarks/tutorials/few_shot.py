@@ -33,7 +33,7 @@ class Budget:
     omniglot: bool = False
 
 
-SMALL = Budget(seeds=1, steps={1: 3}, test_batches=1, test_steps=(0, 5))
+SMALL = Budget(seeds=1, steps={1: 2}, test_batches=1, test_steps=(0, 5))
 FULL = Budget(
     seeds=3,
     steps={1: 800},

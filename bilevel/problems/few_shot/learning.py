@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from bilevel.data.episodes import TaskBatch, TaskSource
@@ -16,10 +15,17 @@ from bilevel.errors import ConfigError, DataError, ParameterError
 from bilevel.functional import dense_gradient, derivatives
 from bilevel.problems.base import ParameterSelection, Problem, select_parameters
 from bilevel.problems.few_shot.assessment import Assessment
-from bilevel.problems.few_shot.stacked import Mirror, accuracies, stacked_losses, stacked_outputs
+from bilevel.problems.few_shot.checks import batch_of, check_settings, refuse_data, refuse_running_statistics
+from bilevel.problems.few_shot.stacked import (
+    Displacements,
+    RatedNetwork,
+    accuracies,
+    stacked_losses,
+    stacked_outputs,
+)
 from bilevel.problems.supervised import Criterion, counterpart
 from bilevel.result import StepResult
-from bilevel.validation import check_integer, check_number
+from bilevel.validation import check_integer
 from bilevel.vector import Tensors
 
 __all__ = ["Adaptation", "MetaLearner"]
@@ -84,9 +90,9 @@ class MetaLearner(Problem):
         module = network
         if learned_rates is not None and isinstance(network, nn.Module):
             chosen = select_parameters(settings.get("name") or "meta_learner", network, learned_rates)
-            module = _RatedNetwork(network, chosen)
+            module = RatedNetwork(network, chosen)
         super().__init__(module, **settings)
-        _refuse_data(self, self.data)
+        refuse_data(self, self.data)
         self.network = network
         self.criterion = criterion
         self.adaptation_name = adaptation
@@ -97,7 +103,7 @@ class MetaLearner(Problem):
 
     def factors(self) -> dict[str, Tensor]:
         """Returns s by parameter name, where rates are learned: a gradient step on d has the rate ``η s²`` on w."""
-        return self.module.factors.values() if isinstance(self.module, _RatedNetwork) else {}
+        return self.module.factors.values() if isinstance(self.module, RatedNetwork) else {}
 
     def initial_values(self, tasks: TaskBatch) -> Mapping[str, Tensor]:
         """Returns where adaptation starts from; λ for every task unless overridden.
@@ -139,7 +145,7 @@ class MetaLearner(Problem):
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
         """Returns the mean loss on the query sets, with the outputs and, for classes, the accuracy."""
-        _refuse_data(self, batch)
+        refuse_data(self, batch)
         adaptation = self.adaptation()
         tasks = adaptation.tasks()
         outputs = adaptation.outputs(self.adapted(tasks, adaptation.displacements()), tasks.query_inputs)
@@ -215,15 +221,15 @@ class Adaptation(Problem):
         name = settings.get("name") or "adaptation"
         if not isinstance(network, nn.Module):
             raise ParameterError(f"problem {name!r} needs a network, an nn.Module, not {type(network).__name__}")
-        _check_settings(name, optimizer, proximal, chunk_size, held_out_batches, held_out_steps)
+        check_settings(name, optimizer, proximal, chunk_size, held_out_batches, held_out_steps)
         adapting = select_parameters(name, network, params)
-        _refuse_running_statistics(name, network)
+        refuse_running_statistics(name, network)
         self.network = network
         self.source, self.held_out = tasks, held_out
-        self.num_tasks = len(_batch(tasks, 0, name).support_targets)
-        module = _Displacements({key: _zeros(self.num_tasks, value) for key, value in adapting.items()})
+        self.num_tasks = len(batch_of(tasks, 0, name).support_targets)
+        module = Displacements({key: _zeros(self.num_tasks, value) for key, value in adapting.items()})
         super().__init__(module, optimizer=optimizer, reset="initial", **settings)
-        _refuse_data(self, self.data)
+        refuse_data(self, self.data)
         self.criterion, self.proximal = criterion, proximal
         self.chunk_size, self.vectorized = chunk_size, vectorized
         self.held_out_batches, self.held_out_steps = held_out_batches, held_out_steps
@@ -254,7 +260,7 @@ class Adaptation(Problem):
         Raises:
             DataError: They are not as many as the first ones.
         """
-        batch = _batch(self.source, max(0, int(self._held.number)), self.name)
+        batch = batch_of(self.source, max(0, int(self._held.number)), self.name)
         if len(batch.support_targets) != self.num_tasks:
             raise DataError(
                 f"problem {self.name!r} was made for batches of {self.num_tasks} tasks, as the first one was; this one "
@@ -287,7 +293,7 @@ class Adaptation(Problem):
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
         """Returns the sum of the tasks' losses on their support sets, with the outputs."""
-        _refuse_data(self, batch)
+        refuse_data(self, batch)
         return self._support_loss(self.tasks(), self.displacements())
 
     def adapt(self, tasks: TaskBatch, steps: int | None = None) -> dict[str, Tensor]:
@@ -335,7 +341,7 @@ class Adaptation(Problem):
         criterion = self.learner().criterion
         losses, right = [], []
         for number in range(batches):
-            batch = _batch(tasks, number, self.name).to(self.parameters[0].device)
+            batch = batch_of(tasks, number, self.name).to(self.parameters[0].device)
             values = self.adapt(batch, steps)
             modes = {part: part.training for part in self.network.modules()}
             self.network.eval()
@@ -375,8 +381,8 @@ class Adaptation(Problem):
         return made
 
     @property
-    def _held(self) -> _Displacements:
-        assert isinstance(self.module, _Displacements)
+    def _held(self) -> Displacements:
+        assert isinstance(self.module, Displacements)
         return self.module
 
     def _go_on(self) -> None:
@@ -384,83 +390,5 @@ class Adaptation(Problem):
             self._held.number += 1
 
 
-class _Displacements(Mirror):
-    """Displacements, and the number of the batch of tasks that they are for: -1 before the first."""
-
-    number: Tensor
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__(values)
-        self.register_buffer("number", torch.tensor(-1))
-
-
-class _RatedNetwork(nn.Module):
-    """A network, and factors of what its parameters' displacements add to them."""
-
-    def __init__(self, network: nn.Module, chosen: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.network = network
-        self.factors = Mirror({name: torch.ones_like(value) for name, value in chosen.items()})
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.network(*inputs)
-
-
 def _zeros(count: int, like: Tensor) -> Tensor:
     return like.detach().new_zeros(count, *like.shape)
-
-
-def _batch(source: TaskSource | Sequence[TaskBatch], number: int, name: str) -> TaskBatch:
-    if isinstance(source, Sequence):
-        if not source:
-            raise DataError(f"problem {name!r} has no tasks: the list is empty")
-        number %= len(source)
-    batch = source[number]
-    if not isinstance(batch, TaskBatch):
-        raise DataError(
-            f"problem {name!r} needs batches of tasks (bilevel.problems.TaskBatch); tasks[{number}] is a "
-            f"{type(batch).__name__}"
-        )
-    if len({len(part) for part in batch}) > 1:
-        raise DataError(
-            f"problem {name!r}: the parts of tasks[{number}] must have one entry a task; they have the shapes "
-            f"{[tuple(part.shape) for part in batch]}"
-        )
-    return batch
-
-
-def _refuse_data(problem: Problem, data: object) -> None:
-    if data is not None:
-        raise ConfigError(
-            f"problem {problem.name!r} takes no data or batches: both problems of few-shot learning see the tasks of "
-            "Adaptation(network, tasks, …)"
-        )
-
-
-def _check_settings(
-    name: str,
-    optimizer: object,
-    proximal: float,
-    chunk_size: int | None,
-    held_out_batches: int,
-    held_out_steps: int | None,
-) -> None:
-    if isinstance(optimizer, Optimizer) or not callable(optimizer):
-        raise ConfigError(
-            f"optimizer of problem {name!r} must be a callable that makes one from a list of parameters, which are "
-            f"made here; it is a {type(optimizer).__name__}"
-        )
-    check_number(name, "proximal", proximal, minimum=0.0)
-    check_integer(name, "held_out_batches", held_out_batches, minimum=1)
-    for field, value in (("chunk_size", chunk_size), ("held_out_steps", held_out_steps)):
-        if value is not None:
-            check_integer(name, field, value, minimum=1)
-
-
-def _refuse_running_statistics(name: str, network: nn.Module) -> None:
-    for key, part in network.named_modules():
-        if isinstance(part, _NormBase) and part.training and part.running_mean is not None:
-            raise ParameterError(
-                f"problem {name!r}: layer {key!r} of the network keeps running statistics, in which tasks would mix: "
-                f"make it {type(part).__name__}(…, track_running_stats=False), or put it into evaluation mode"
-            )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-__all__ = ["Mirror", "accuracies", "stacked_losses", "stacked_outputs"]
+__all__ = ["Displacements", "Mirror", "RatedNetwork", "accuracies", "stacked_losses", "stacked_outputs"]
 
 
 class Mirror(nn.Module):
@@ -32,6 +33,29 @@ class Mirror(nn.Module):
     def values(self) -> dict[str, Tensor]:
         """Returns what stands in the parameters' places now."""
         return dict(self.named_parameters())
+
+
+class Displacements(Mirror):
+    """Displacements, and the number of the batch of tasks that they are for: -1 before the first."""
+
+    number: Tensor
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__(values)
+        self.register_buffer("number", torch.tensor(-1))
+
+
+class RatedNetwork(nn.Module):
+    """A network, and factors of what its parameters' displacements add to them."""
+
+    def __init__(self, network: nn.Module, chosen: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.factors = Mirror({name: torch.ones_like(value) for name, value in chosen.items()})
+
+    def forward(self, *inputs: Any) -> Any:
+        """Calls the network."""
+        return self.network(*inputs)
 
 
 def stacked_outputs(
