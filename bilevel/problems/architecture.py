@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,7 +67,9 @@ class Architecture(Validation):
     Example::
 
         operations = image_operations(16)
-        network = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), Cell(operations, num_inputs=1, num_nodes=2), ...)
+        cell = Cell(operations, num_inputs=1, num_nodes=2)      # concatenates its nodes: 32 channels
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+        network = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), cell, *head)
         architecture = Architecture(network, optimizer=lambda p: torch.optim.Adam(p, lr=0.01), data=validation)
         training = SupernetTraining(network, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), data=train)
         Engine([architecture, training], EngineConfig(steps=500), hypergradient="finite_difference").run()
@@ -87,8 +90,9 @@ class Architecture(Validation):
 
     def mean_entropy(self) -> Tensor:
         """Returns E: 1 where all candidates count alike, 0 where every mixture has chosen."""
-        found = [torch.special.entr(p).sum() / torch.tensor(float(len(p))).log() for p in self._distributions()]
-        return torch.stack(found).mean()
+        # From log π: where π is rounded to 0, -π log π has no derivative.
+        logs = [mixture.log_weights() for _, mixture in _mixtures(self.module)]
+        return torch.stack([-(log.exp() * log).sum() / math.log(len(log)) for log in logs]).mean()
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the trained network's loss on a batch, plus β times the entropy."""
@@ -112,9 +116,6 @@ class Architecture(Validation):
             free = sum(weight for part, weight in chosen if not list(part.parameters()))
             shares.append(free / sum(weight for _, weight in chosen))
         return {"entropy": float(self.mean_entropy().detach()), "parameter_free": sum(shares) / len(shares)}
-
-    def _distributions(self) -> list[Tensor]:
-        return [mixture.weights() for _, mixture in _mixtures(self.module)]
 
 
 def genotype(network: nn.Module, *, num_edges: int = 2) -> dict[str, CellGenotype | str]:

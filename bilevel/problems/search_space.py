@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.errors import ConfigError, unknown_name
+from bilevel.problems.supervised import module_dict
 from bilevel.validation import check_choice, check_integer, check_number
 
 __all__ = [
@@ -43,8 +44,8 @@ class MixedOperation(nn.Module):
         logits: λ of another mixture, to share it; zeros of its own by default, under which all candidates count alike.
 
     Raises:
-        ConfigError: A single candidate or none to choose from; a temperature that is not above 0; logits of another
-            size; at a call, candidates whose outputs differ in shape.
+        ConfigError: A single candidate or none to choose from; a name that torch has no place for; a temperature that
+            is not above 0; logits of another size; at a call, candidates whose outputs differ in shape.
 
     Cost: every candidate's forward pass.
     """
@@ -55,7 +56,7 @@ class MixedOperation(nn.Module):
             raise ConfigError(
                 f"a search needs at least two candidates that can be chosen ({NONE!r} cannot), not {list(candidates)}"
             )
-        self.candidates = nn.ModuleDict({name: _made(name, candidate) for name, candidate in candidates.items()})
+        self.candidates = module_dict("candidate", {name: _made(name, each) for name, each in candidates.items()})
         if logits is not None and logits.shape != (len(candidates),):
             raise ConfigError(f"logits of shape {tuple(logits.shape)} cannot weigh {len(candidates)} candidates")
         self.logits = nn.Parameter(torch.zeros(len(candidates))) if logits is None else logits
@@ -74,6 +75,10 @@ class MixedOperation(nn.Module):
     def weights(self) -> Tensor:
         """Returns π, one weight a candidate."""
         return torch.softmax(self.logits / self.temperature, 0)
+
+    def log_weights(self) -> Tensor:
+        """Returns log π, which is finite where π is rounded to 0."""
+        return torch.log_softmax(self.logits / self.temperature, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the mixture."""

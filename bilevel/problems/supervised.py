@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel.errors import GraphError
+from bilevel.errors import ConfigError, GraphError
 from bilevel.problems.base import Problem
 from bilevel.validation import check_number
 
-__all__ = ["Criterion", "Training", "Validation", "counterpart"]
+__all__ = ["Criterion", "Training", "Validation", "counterpart", "module_dict"]
 
 Criterion = Callable[..., Tensor]
 """``(outputs, targets) -> scalar``; with ``reduction="none"``, where it is asked for, one value an example."""
@@ -48,6 +48,22 @@ def counterpart(problem: Problem, kind: type[Kind], name: str | None = None) -> 
         f"problem {problem.name!r} works with {wanted}, of which its engine has {len(found)} (problems: {there}): "
         f"{remedy}"
     )
+
+
+def module_dict(what: str, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Returns modules under names of the user's own.
+
+    Raises:
+        ConfigError: A name that torch has no place for; ``what`` says of what it is.
+    """
+    empty = nn.ModuleDict()
+    for name in map(str, modules):
+        if not name or "." in name or hasattr(empty, name):
+            raise ConfigError(
+                f"{name!r} cannot be the name of a {what}: it must not be empty, have a dot, or be that of an "
+                "attribute of torch's modules"
+            )
+    return nn.ModuleDict(dict(modules))
 
 
 class Training(Problem):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 from typing import Any
 
 import pytest
@@ -198,6 +199,26 @@ def with_logits(cell: Cell, **logits: list[float]) -> Cell:
     return cell
 
 
+def test_a_mixture_that_has_chosen_has_an_entropy_of_zero_and_a_gradient() -> None:
+    # softmax rounds π to 0 here, where -π log π has no derivative
+    mixture = MixedOperation({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)}, temperature=0.01)
+    with torch.no_grad():
+        mixture.logits.copy_(torch.tensor([1.5, 0.0]))
+    entropy = Architecture(mixture, optimizer=adam, entropy=1.0).mean_entropy()
+    entropy.backward()
+    assert float(entropy.detach()) == 0.0 == float(mixture.weights()[1].detach())
+    assert torch.equal(mixture.logits.grad, torch.zeros(2))
+
+
+@pytest.mark.parametrize("logits", [[0.0, 0.0, 0.0], [1.0, -0.5, 0.2]])
+def test_the_entropy_is_relative_to_its_maximum(logits: list[float]) -> None:
+    mixture = MixedOperation({"a": nn.Identity, "b": nn.Tanh, "c": nn.ReLU}, temperature=0.7)
+    with torch.no_grad():
+        mixture.logits.copy_(torch.tensor(logits))
+    expected = torch.distributions.Categorical(logits=mixture.logits.detach() / 0.7).entropy() / math.log(3)
+    torch.testing.assert_close(Architecture(mixture, optimizer=adam).mean_entropy().detach(), expected)
+
+
 def test_a_choice_follows_darts_rule() -> None:
     """``none`` weakens an edge and is never chosen; the two strongest edges of each node stay."""
     names = ("none", "linear", "tanh")
@@ -336,6 +357,12 @@ CHOICE = {"skip_connect": nn.Identity, "linear": lambda: nn.Linear(2, 2)}
             ConfigError,
             r"shape \(3,\).*2 candidates",
         ),
+        (
+            lambda: MixedOperation({**CHOICE, "pop": nn.Identity}),
+            ConfigError,
+            "'pop' cannot be the name of a candidate",
+        ),
+        (lambda: MixedOperation({**CHOICE, "conv1.5": nn.Identity}), ConfigError, "'conv1.5'.*have a dot"),
         (lambda: MixedOperation({"a": 3, "b": nn.Identity}), ConfigError, "candidate 'a' must be a module.*not 3"),
         (
             lambda: MixedOperation({"wide": nn.Linear(2, 3), "same": nn.Identity()})(torch.randn(4, 2)),
