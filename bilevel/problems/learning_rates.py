@@ -102,10 +102,9 @@ class Paced(Tuned):
     Example::
 
         model = nn.Linear(64, 10)
+        rate = LearningRate(model, per="tensor")    # before the model is handed over
         inner = Paced(model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), data=training, steps=10)
         outer = Hyperparameters({"rate": rate}, optimizer=lambda p: torch.optim.Adam(p, lr=0.1), data=validation)
-
-    where ``rate = LearningRate(model, per="tensor")`` is made before the model is handed over.
     """
 
     def __init__(

@@ -439,7 +439,7 @@ def test_smoothing_can_be_for_some_tasks() -> None:
     criterion = Tasks({"a": F.cross_entropy, "b": F.mse_loss})
     x, y = examples(10, 4, 3)[0]
     batch = x, {"a": y, "b": x[:, :1]}
-    for tasks, refused in ((["a"], False), (None, True)):
+    for tasks, refused in ((["a"], False), ("a", False), (None, True)):
         outer = Hyperparameters({"smoothing": LabelSmoothing(tasks=tasks).double()}, data=[batch])
         inner = Tuned(Both(), criterion=criterion, optimizer=sgd(0.1), data=[batch])
         if refused:
@@ -447,6 +447,19 @@ def test_smoothing_can_be_for_some_tasks() -> None:
                 Engine([outer, inner], QUIET, "identity")
         else:
             Engine([outer, inner], QUIET, "identity").hypergradient()
+
+
+def test_smoothing_for_a_task_that_there_is_not_is_refused() -> None:
+    x, y = examples(10, 4, 3)[0]
+    parts = {"smoothing": LabelSmoothing(tasks=["head"]).double(), "noise": Noise().double()}
+    outer = Hyperparameters(parts, data=[(x, y)])
+    with pytest.raises(ConfigError, match="part 'smoothing' is for the tasks head, .*criterion=Tasks"):
+        Engine([outer, Tuned(linear(), optimizer=sgd(0.1), data=[(x, y)])], QUIET, "identity")
+    inner = Tuned(linear(), criterion=Tasks({"heads": F.cross_entropy}), optimizer=sgd(0.1), data=[(x, y)])
+    for problem in (outer, inner):
+        problem.attach({"hyperparameters": outer, "tuned": inner})
+    with pytest.raises(UnknownNameError, match="task of part 'smoothing' 'head': did you mean 'heads'"):
+        inner.evaluate_loss((x, y))
 
 
 # --- a user's own, and misuse -----------------------------------------------------------------------------------------
@@ -484,6 +497,10 @@ def test_what_makes_no_sense_is_refused() -> None:
         (lambda: Tasks({"a": F.mse_loss}, main=[]), ConfigError, "names no task"),
         (lambda: TaskWeights(Tasks({"a": F.mse_loss})), ConfigError, "two tasks or more"),
         (lambda: Hyperparameters({}), ConfigError, "at least one Hyperparameter"),
+        (lambda: Hyperparameters({"values": Noise()}), ConfigError, "'values' cannot be the name of a hyper-parameter"),
+        (lambda: Hyperparameters({"a.b": Noise()}), ConfigError, "'a.b' cannot be the name"),
+        (lambda: LabelSmoothing(tasks=[]), ConfigError, "names no task"),
+        (lambda: Tuned(model, weight_decay=0.1), ConfigError, r"Tuned takes its decay .*add WeightDecay\(model"),
         (lambda: Hyperparameters({"lr": nn.Linear(1, 1)}), ConfigError, "'lr' must be a Hyperparameter, not Linear"),
         (lambda: Hyperparameters({"none": Hyperparameter()}), ConfigError, "enters the training loss nowhere.*penalty"),
     ]

@@ -334,6 +334,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         (lambda m: Paced(m, optimizer=torch.optim.SGD(m.parameters(), lr=0.1)), ConfigError, "lambda params"),
         (lambda m: Paced(m, optimizer=torch.optim.Adadelta), ConfigError, "SGD, Adam,.*is Adadelta"),
         (lambda m: Paced(m, optimizer=sgd(0.1), reset="initial"), ConfigError, "anew and takes no reset"),
+        (lambda m: Paced(m, optimizer=sgd(0.1), weight_decay=0.1), ConfigError, "Paced takes its .*WeightDecay"),
         (lambda m: Paced(m, optimizer=sgd(0.1), max_grad_norm=1.0), ConfigError, "takes no max_grad_norm"),
         (lambda m: Paced(m, optimizer=sgd(0.1), params="nothing"), UnknownNameError, "'nothing'"),
         (lambda m: Paced(m, optimizer=sgd(0.1), hypergradient="cg"), ConfigError, "'conjugate_gradient'.*unrolled"),

@@ -37,6 +37,8 @@ class Hyperparameter(nn.Module):
     """Where it may enter the training loss."""
     inner: ClassVar[str] = "Tuned"
     """Class of the inner problem that it needs, by name."""
+    tasks: tuple[str, ...] | None = None
+    """The tasks that it is for, where the criterion is :class:`Tasks`; None for all."""
 
     def inputs(self, inputs: Any) -> Any:
         """Returns what the model is trained on, from a batch's inputs: augmentation."""

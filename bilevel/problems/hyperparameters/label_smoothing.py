@@ -26,17 +26,20 @@ class LabelSmoothing(Hyperparameter):
         tasks: The tasks whose labels are smoothed, where the criterion is :class:`Tasks`; all by default.
 
     Raises:
-        ConfigError: ``initial`` is not within (0, 1).
+        ConfigError: ``initial`` is not within (0, 1), no task, or tasks of a criterion that has none.
+        UnknownNameError: A task that the criterion does not have (within the loss).
         LossError: Targets that are no class indices (within the loss).
     """
 
-    def __init__(self, initial: float = 0.1, *, tasks: Sequence[str] | None = None) -> None:
+    def __init__(self, initial: float = 0.1, *, tasks: str | Sequence[str] | None = None) -> None:
         super().__init__()
         check_number("LabelSmoothing", "initial", initial, minimum=0.0, exclusive=True)
         if initial >= 1.0:
             raise ConfigError(f"LabelSmoothing.initial must be below 1, not {initial!r}: at 1 no label is left")
         self.logit = nn.Parameter(torch.tensor(math.log(initial / (1 - initial))))
-        self.tasks = None if tasks is None else tuple(tasks)
+        self.tasks = None if tasks is None else (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        if self.tasks == ():
+            raise ConfigError("LabelSmoothing.tasks names no task: no label would be smoothed")
 
     def value(self) -> Tensor:
         """Returns s."""

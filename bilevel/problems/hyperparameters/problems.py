@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel.errors import ConfigError, GraphError
+from bilevel.errors import ConfigError, GraphError, unknown_name
 from bilevel.problems.hyperparameters.base import Hyperparameter, Value
 from bilevel.problems.hyperparameters.tasks import Tasks
-from bilevel.problems.supervised import Criterion, Training, Validation, counterpart
+from bilevel.problems.supervised import Criterion, Training, Validation, counterpart, module_dict
 from bilevel.vector import Tensors
 
 __all__ = ["Hyperparameters", "Tuned"]
@@ -28,10 +28,12 @@ class Tuned(Training):
         module: The model.
         criterion: ``(outputs, targets) -> scalar``, the cross-entropy by default; or :class:`Tasks`.
         hyperparameters: The name of the outer problem; None where the engine has one :class:`Hyperparameters` only.
-        settings: Those of :class:`~bilevel.Problem`.
+        settings: Those of :class:`~bilevel.Problem`. The decay of weights is a part of λ, :class:`WeightDecay`.
 
     Raises:
+        ConfigError: A ``weight_decay``.
         GraphError: The engine has no :class:`Hyperparameters`, or several and no name says which.
+        UnknownNameError: A part for a task that the criterion does not have (within the loss).
 
     Cost: 1 forward pass a loss.
     """
@@ -44,6 +46,11 @@ class Tuned(Training):
         hyperparameters: str | None = None,
         **settings: Any,
     ) -> None:
+        if "weight_decay" in settings:
+            raise ConfigError(
+                f"{type(self).__name__} takes its decay from the hyper-parameters: leave weight_decay out and add "
+                "WeightDecay(model, initial=...) to them, with requires_grad_(False) if it is not to be learned"
+            )
         super().__init__(module, criterion=criterion, **settings)
         self.hyperparameters_name = hyperparameters
 
@@ -56,6 +63,7 @@ class Tuned(Training):
                     f"part {name!r} ({type(part).__name__}) needs an inner problem of class {part.inner}, not "
                     f"{type(self).__name__}, which would pass it over"
                 )
+            self._check_tasks(name, part)
         return parts
 
     def named_weights(self) -> dict[str, Tensor]:
@@ -86,6 +94,18 @@ class Tuned(Training):
             found[task] = each(own, self._targets(wanted, own, task))
         return found
 
+    def _check_tasks(self, name: str, part: Hyperparameter) -> None:
+        if part.tasks is None:
+            return
+        if not isinstance(self.criterion, Tasks):
+            raise ConfigError(
+                f"part {name!r} is for the tasks {', '.join(part.tasks)}, and the criterion of problem {self.name!r} "
+                "has none: pass criterion=Tasks(...), or leave tasks= out"
+            )
+        for task in part.tasks:
+            if task not in self.criterion.criteria:
+                raise unknown_name(f"task of part {name!r}", task, self.criterion.criteria)
+
     def _targets(self, targets: Any, outputs: Any, task: str) -> Any:
         for part in self.parts().values():
             targets = part.targets(targets, outputs, task)
@@ -108,7 +128,8 @@ class Hyperparameters(Validation):
         settings: Those of :class:`~bilevel.Problem`.
 
     Raises:
-        ConfigError: No parts, or a part that is no :class:`Hyperparameter` or overrides none of its hooks.
+        ConfigError: No parts, a part that is no :class:`Hyperparameter` or overrides none of its hooks, or a name that
+            torch has no place for.
 
     Cost: 1 forward pass a loss. One hypergradient serves all parts, whatever their number.
 
@@ -140,7 +161,7 @@ class Hyperparameters(Validation):
                     f"hyper-parameter {name!r} ({type(part).__name__}) enters the training loss nowhere: it overrides "
                     f"none of {', '.join(part.hooks)}"
                 )
-        super().__init__(nn.ModuleDict(dict(parts)), training=training, criterion=criterion, **settings)
+        super().__init__(module_dict("hyper-parameter", parts), training=training, criterion=criterion, **settings)
 
     @property
     def parts(self) -> dict[str, Hyperparameter]:
