@@ -154,6 +154,8 @@ class RobustValidation(Validation):
 
     Example::
 
+        train, held_out = ((torch.rand(8, 64), torch.arange(8)) for _ in range(2))
+        adam = lambda p: torch.optim.Adam(p, lr=0.05)
         Engine([
             RobustValidation(model, data=[held_out], optimizer=adam),
             Perturbation(*held_out, radius=0.1, name="validation_adversary", steps=8),
