@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 
 from benchmarks.tutorials.study import PAGES, RESULTS, Estimate, Study, Table, load, names, with_results
+from bilevel.cli import main
+from bilevel.errors import BilevelWarning
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -40,9 +43,15 @@ def test_there_are_studies() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_short(path: Path) -> None:
+def test_an_example_is_short_and_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 80
     assert (PAGES / f"{path.stem}.md").is_file()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BilevelWarning)  # a solver may say that it was stopped early
+        with pytest.raises(SystemExit) as done:
+            main(["run", str(path), "--set", "engine.steps=1", "--set", "engine.progress=false"])
+    assert done.value.code == 0
+    assert "after step 1" in capsys.readouterr().out
 
 
 def test_an_estimate_is_the_mean_with_its_t_interval() -> None:
