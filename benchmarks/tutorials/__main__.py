@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.tutorials.study import BUDGETS, PAGES, RESULTS, ROOT, names, perform, save, with_results
+from bilevel.errors import ConfigError
 
 
 def main() -> None:
@@ -22,8 +23,13 @@ def main() -> None:
     for name in arguments.studies:
         if name not in names():
             parser.error(f"no study {name!r}: there are {', '.join(names())}")
+    missing: list[str] = []
     for name in arguments.studies or names():
-        study = perform(name, arguments.budget)
+        try:
+            study = perform(name, arguments.budget)
+        except ConfigError as error:  # data that do not come with a package
+            missing.append(f"{name}: {error}")
+            continue
         for title, table in study.tables.items():
             print(f"\n{name}: {title}", *table.lines(), sep="\n")
         print(f"\n{study.about}", flush=True)
@@ -31,6 +37,8 @@ def main() -> None:
             page = PAGES / f"{name}.md"
             page.write_text(with_results(page.read_text(encoding="utf-8"), study), encoding="utf-8")
         save(name, study, RESULTS if arguments.page else arguments.output)
+    if missing:
+        parser.exit(1, "not run:\n" + "\n".join(missing) + "\n")
 
 
 if __name__ == "__main__":
