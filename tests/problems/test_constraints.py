@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +99,8 @@ def test_a_zero_vector_in_a_ball_has_a_derivative() -> None:
         (lambda: Box("low"), r"Box\.lower must be a number, a tensor or None, not str"),  # type: ignore[arg-type]
         (lambda: Box(torch.zeros(2), torch.ones(3)), r"do not broadcast"),
         (lambda: Simplex(0.0), r"Simplex\.total must be a finite number above 0"),
+        (lambda: Box(lower=float("inf")), "Box is infeasible: lower is inf in 1 of 1"),
+        (lambda: Box(upper=torch.tensor([0.0, -float("inf")])), "Box is infeasible: upper is -inf in 1 of 2"),
         (lambda: Simplex(-1.0), r"Simplex\.total"),
         (lambda: Ball(0.0), r"Ball\.radius must be a finite number above 0"),
         (lambda: Ball(float("inf")), r"Ball\.radius"),
@@ -105,6 +109,31 @@ def test_a_zero_vector_in_a_ball_has_a_derivative() -> None:
 def test_infeasible_sets_are_refused(make: Callable[[], Constraint], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+LARGE_VALUES: list[tuple[Constraint, torch.dtype, list[float], list[float]]] = [
+    (Simplex(), torch.float32, [3e8, 0.0, 0.0], [1.0, 0.0, 0.0]),
+    (Simplex(), torch.bfloat16, [300.0, 0.0], [1.0, 0.0]),
+    (Simplex(), torch.float32, [3e8, 3e8, -3e8], [0.5, 0.5, 0.0]),
+    (Simplex(), torch.float16, [0.25] * 4096, [1 / 4096] * 4096),  # more elements than float16 can count
+    (Simplex(), torch.bfloat16, [1 / 1024] * 1024, [1 / 1024] * 1024),
+    (Ball(1.0), torch.float16, [300.0, 400.0], [0.6, 0.8]),  # squares overflow
+    (Ball(1.0), torch.float32, [3e20, -4e20], [0.6, -0.8]),
+    (Ball(1.0), DOUBLE, [3e200, 4e200], [0.6, 0.8]),
+]
+
+
+@pytest.mark.parametrize(("constraint", "dtype", "far", "near"), LARGE_VALUES)
+def test_large_values_are_projected(
+    constraint: Constraint, dtype: torch.dtype, far: list[float], near: list[float]
+) -> None:
+    values = torch.tensor(far, dtype=dtype)
+    torch.testing.assert_close(constraint.project(values), torch.tensor(near, dtype=dtype))
+
+
+@pytest.mark.parametrize("constraint", [Simplex(), Ball(1.0), Box(-1.0, 1.0)], ids=str)
+def test_what_is_not_a_number_is_left_for_the_engine_to_find(constraint: Constraint) -> None:
+    assert not bool(constraint.project(torch.tensor([float("nan"), 0.5, 0.25])).isfinite().all())
 
 
 # --- the derivative ---------------------------------------------------------------------------------------------------
@@ -517,17 +546,72 @@ def test_a_constrained_problem_over_another_one_follows_updates_or_is_refused() 
     make("unrolled").step()
 
 
-def test_activation_checkpointing_is_refused() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+class Half(Lower):
+    """The set, and a clamp of the user's own."""
 
-        def forward(self, x: Tensor) -> Any:
-            return checkpoint(self.layers, x, use_reentrant=False)
+    def project(self, values: Any) -> Any:
+        return tuple(value.clamp(-0.1, 0.1) for value in super().project(values))
 
+
+def test_a_projection_of_ones_own_is_part_of_updates_as_of_what_is_differentiated() -> None:
+    H, C, b, goal, lam = data(3)
+
+    inner = Half(torch.zeros(4).double(), H, C, b, Box(-0.4, 0.6), steps=3)
+    found = Engine([Upper(lam, goal), inner], QUIET, "unrolled")
+    found.step()
+    assert bool((inner.module["w"].detach().abs() == 0.1).all())  # all are held, so that none responds
+    assert torch.allclose(found.hypergradient().grad["lam"], lam)
+
+
+def test_parameters_whose_names_differ_in_a_dot_have_faces_of_their_own() -> None:
+    class Two(Constrained):
+        def loss(self, batch: Any) -> Tensor:
+            return sum((p + 1).square().sum() for p in self.module.parameters())  # type: ignore[return-value]
+
+    module = nn.Module()
+    module.a = nn.ParameterDict({"b": torch.zeros(2)})
+    module.a_b = nn.Parameter(torch.tensor([0.5, 0.5]))
+    inner = Two(module, constraints=Box(0.0), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    with torch.no_grad():
+        inner.update([torch.ones(2)] * 2, {})
+    active = {name: mask.tolist() for name, mask in inner.active().items()}
+    assert active == {"a.b": [True, True], "a_b": [False, False]}
+
+
+def test_a_copied_problem_is_another_one() -> None:
+    given = data(3)
+    first = engine(given, Box(-0.4, 0.6), "exact", torch.zeros(4).double())
+    for _ in range(3):
+        first.step()
+    copies = copy.deepcopy([first.problems["outer"], first.problems["inner"]])
+    second = Engine(copies, QUIET, "exact")
+    assert torch.equal(second.hypergradient().grad["lam"], first.hypergradient().grad["lam"])
+    with torch.no_grad():
+        copies[1].module["w"].zero_()
+    assert float(first.problems["inner"].module["w"].detach().abs().max()) > 0.1
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.layers, x, use_reentrant=False)
+
+
+def test_activation_checkpointing_is_refused_where_it_would_be_wrong_and_nowhere_else() -> None:
+    model = Checkpointed()
+    classification("unrolled", Box(-0.2, 0.2), model, steps=1).step()  # evaluates the loss as it is
+
+    def train() -> None:
+        model(torch.randn(5, 3, dtype=DOUBLE)).sum().backward()
+
+    train()
     with pytest.raises(LossError, match="activation checkpointing"):
-        classification("conjugate_gradient", Box(-0.2, 0.2), Checkpointed())
+        classification("conjugate_gradient", Box(-0.2, 0.2), model, steps=1).step()
+    gc.collect()
+    train()  # the problem is gone, and its hooks with it
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bilevel.errors import ConfigError, LossError, unknown_name
 from bilevel.functional import ParameterSlots
@@ -36,7 +38,8 @@ class Constrained(Problem):
 
     which has its minimum at ``w*(λ)``, the Hessian ``Π H Π + c (I − Π)`` there and the mixed derivative
     ``Π ∂²f/∂w∂λ``. :meth:`response_loss` is L, on the face where the last update ended; updates follow f. So every
-    method serves as it is: implicit ones, penalty methods, and those that follow the updates through the projection.
+    method but ``one_step`` (whose step knows no projection) serves as it is: implicit ones, penalty methods, and those
+    that follow the updates through the projection.
 
     The derivative exists where every constraint that is met is pushed against (strict complementarity), which is so at
     almost every λ. Elsewhere w* has a kink; what is returned is the derivative on one side of it. Before the first
@@ -83,7 +86,6 @@ class Constrained(Problem):
         for name, parameter in self._constrained(self.parameters):
             self.constraints[name].check(name, parameter)
         self._check_optimizer()
-        self._slots = ParameterSlots([module])
         for name, parameter in self._constrained(self.parameters):
             face = self.constraints[name].face(parameter.detach())
             # Kept with the model, so that checkpoints hold it, but not among what a user saves of it.
@@ -93,8 +95,14 @@ class Constrained(Problem):
                 parameter.copy_(value)
         if self.initial is not None:
             self.initial = tuple(p.detach().clone() for p in self.parameters)
-        for part in module.modules():
-            part.register_forward_pre_hook(functools.partial(_refuse_recomputation, self.name))
+        self._guards: list[RemovableHandle] = []
+        self._slots = ParameterSlots([module])
+
+    def attach(self, siblings: Mapping[str, Problem]) -> None:
+        """See :meth:`Problem.attach`; the problem may be a copy, with parameters of its own."""
+        super().attach(siblings)
+        self._slots = ParameterSlots([self.module])
+        _remove(self._guards)
 
     def project(self, values: Tensors) -> Tensors:
         """Returns the nearest points of the sets."""
@@ -105,6 +113,7 @@ class Constrained(Problem):
 
     def response_loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns L, the loss on the face where the last update ended."""
+        self._guard()
         values = tuple(_held(self.module, name) for name in self.parameter_names)
         placed = tuple(
             self.constraints[name].onto(value, self._face(name)) if name in self.constraints else value
@@ -126,7 +135,8 @@ class Constrained(Problem):
         with torch.no_grad():
             for name, parameter in self._constrained(self.parameters):
                 self._face(name).copy_(self.constraints[name].face(parameter))
-                parameter.copy_(self.constraints[name].project(parameter))
+            for parameter, value in zip(self.parameters, self.project(self.parameters), strict=True):
+                parameter.copy_(value)
         self.num_updates += 1
         return None
 
@@ -138,6 +148,14 @@ class Constrained(Problem):
         """Returns ``"active"``: the share of elements, or groups, that constraints hold."""
         masks = [mask.reshape(-1) for mask in self.active().values()]
         return {"active": float(torch.cat(masks).double().mean())}
+
+    def _guard(self) -> None:
+        """Refuses, for as long as there is this problem, that the module is evaluated again in a backward pass."""
+        if self._guards:
+            return
+        hook = functools.partial(_refuse_recomputation, self.name)
+        self._guards.extend(part.register_forward_pre_hook(hook) for part in self.module.modules())
+        weakref.finalize(self, _remove, self._guards)
 
     def _constrained(self, values: Tensors) -> list[tuple[str, Tensor]]:
         named = zip(self.parameter_names, values, strict=True)
@@ -194,7 +212,7 @@ def _by_name(owner: str, given: Constraint | Mapping[str, Constraint], names: It
 
 
 def _buffer(name: str) -> str:
-    return f"face_of_{name.replace('.', '_')}"
+    return f"face_of_{name.replace('.', '/')}"  # a buffer's name has no dots
 
 
 def _held(module: nn.Module, name: str) -> Tensor:
@@ -203,6 +221,11 @@ def _held(module: nn.Module, name: str) -> Tensor:
     held = module.get_submodule(path)._parameters[last]
     assert held is not None
     return held
+
+
+def _remove(guards: list[RemovableHandle]) -> None:
+    while guards:
+        guards.pop().remove()
 
 
 def _refuse_recomputation(name: str, module: nn.Module, arguments: Any) -> None:

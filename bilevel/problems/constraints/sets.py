@@ -71,7 +71,8 @@ class Box(Constraint):
         upper: Likewise.
 
     Raises:
-        ConfigError: No bound at all, a NaN, or ``lower > upper`` somewhere: the set is empty.
+        ConfigError: No bound at all, a NaN, or an empty set: ``lower > upper`` somewhere, a lower bound of ∞ or an
+            upper one of −∞.
 
     Example:
         >>> Box(0.0, 1.0).project(torch.tensor([-0.5, 0.25, 3.0]))
@@ -137,20 +138,23 @@ class Simplex(Constraint):
 
     def face(self, values: Tensor) -> Tensor:
         """Returns 1 where an element is held at zero, 0 where it is not."""
-        z = values.detach()
+        z = _wide(values.detach())
         rows = z.reshape(-1) if self.dim is None else z.movedim(self.dim, -1)
+        rows = rows - rows.amax(-1, keepdim=True)  # the same face, where total is not lost beside large values
         ordered, _ = rows.sort(dim=-1, descending=True)
         count = torch.arange(1, rows.shape[-1] + 1, device=z.device, dtype=z.dtype)
         last = (ordered * count > ordered.cumsum(-1) - self.total).sum(-1, keepdim=True) - 1
-        held = rows < ordered.gather(-1, last)
+        held = rows < ordered.gather(-1, last.clamp_min(0))  # of NaN, none: the engine finds them
         return (held.reshape(z.shape) if self.dim is None else held.movedim(-1, self.dim)).to(torch.int8)
 
     def onto(self, values: Tensor, face: Tensor) -> Tensor:
         """See :meth:`Constraint.onto`: ``z − (Σ z − total) / n`` over the n elements that are not held."""
         free = face == 0
         dims = tuple(range(values.dim())) if self.dim is None else self.dim
-        excess = torch.where(free, values, 0.0).sum(dims, keepdim=True) - self.total
-        return torch.where(free, values - excess / free.sum(dims, keepdim=True), 0.0)
+        wide = _wide(values)
+        z = wide - torch.where(free, wide.detach(), -math.inf).amax(dims, keepdim=True)  # as in face()
+        excess = torch.where(free, z, 0.0).sum(dims, keepdim=True) - self.total
+        return torch.where(free, z - excess / free.sum(dims, keepdim=True), 0.0).to(values.dtype)
 
     def project(self, values: Tensor) -> Tensor:
         """See :meth:`Constraint.project`; no element is below zero, not even by rounding."""
@@ -183,22 +187,38 @@ class Ball(Constraint):
 
     def face(self, values: Tensor) -> Tensor:
         """Returns 1 for a group on the sphere, 0 for one within."""
-        return (self._squares(values.detach()) > self.radius**2).to(torch.int8)
+        unit, size = self._scaled(_wide(values.detach()))
+        return (self._squares(unit).sqrt() * size > self.radius).to(torch.int8)
 
     def onto(self, values: Tensor, face: Tensor) -> Tensor:
         """See :meth:`Constraint.onto`: ``radius · z / ‖z‖`` on the sphere."""
         # Squares, and none of a zero: a norm has no derivative there, and torch.where would make a NaN of it.
         held = face != 0
-        scale = self.radius * torch.where(held, self._squares(values), 1.0).rsqrt()
-        return values * torch.where(held, scale, 1.0)
+        wide = _wide(values)
+        unit, _ = self._scaled(torch.where(held, wide, 1.0))
+        inverse = torch.where(held, self._squares(unit), 1.0).rsqrt()
+        return torch.where(held, (self.radius * unit * inverse).to(values.dtype), values)
+
+    def _scaled(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns values over the largest of their group, so that no square overflows, and that (a constant)."""
+        size = values.detach().abs().amax(self._dims(values), keepdim=True)
+        size = torch.where(size == 0, 1.0, size)
+        return values / size, size
 
     def _squares(self, values: Tensor) -> Tensor:
-        dims = tuple(range(values.dim())) if self.dim is None else self.dim
-        return values.square().sum(dims, keepdim=True)
+        return values.square().sum(self._dims(values), keepdim=True)
+
+    def _dims(self, values: Tensor) -> int | tuple[int, ...]:
+        return tuple(range(values.dim())) if self.dim is None else self.dim
 
     def __repr__(self) -> str:
         """Shows the settings."""
         return f"Ball(radius={self.radius:g}, dim={self.dim})"
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Returns values in float32 at least: sums over many elements are none in half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _bound(field: str, value: float | Tensor | None, default: float) -> Tensor:
@@ -209,6 +229,9 @@ def _bound(field: str, value: float | Tensor | None, default: float) -> Tensor:
     )
     if bool(bound.isnan().any()):
         raise ConfigError(f"Box.{field} holds {int(bound.isnan().sum())} NaN")
+    empty = bound == -default  # an upper bound of -inf, a lower one of inf
+    if bool(empty.any()):
+        raise ConfigError(f"Box is infeasible: {field} is {-default} in {int(empty.sum())} of {empty.numel()} elements")
     return bound.detach()
 
 
