@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bilevel import Engine, EngineConfig, hypergradcheck
-from bilevel.errors import ConfigError, DataError, GraphError
+from bilevel.errors import ConfigError, DataError, GraphError, ParameterError
 from bilevel.hypergrad import available_methods
 from bilevel.problems.constraints import Box, Constrained
 from bilevel.problems.games import (
@@ -266,6 +266,42 @@ def test_losses_are_their_formulas() -> None:
     )
 
 
+@pytest.mark.parametrize("owned", ["0.weight", ["0.bias", "1.weight"]])
+def test_each_owned_tensor_has_its_own_decay(owned: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    (x, y), (v, u) = examples(0), examples(1)
+    upper = RobustValidation(model, data=[(v, u)])
+    training = AdversarialTraining(model, data=[(x, y)], optimizer=lambda p: torch.optim.SGD(p, lr=0.1), params=owned)
+    adversaries = [
+        Perturbation(v, u, radius=RADIUS, name="validation_adversary"),
+        Perturbation(x, y, radius=RADIUS, name="adversary"),
+    ]
+    decay = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=DOUBLE)
+    with torch.no_grad():
+        upper.module["decay"].copy_(decay.log())
+    Engine([upper, adversaries[0], training, adversaries[1]], QUIET, "identity")
+    found = training.loss((x, y))
+    by_name = dict(zip(("0.weight", "0.bias", "1.weight", "1.bias"), decay, strict=True))
+    names = [owned] if isinstance(owned, str) else owned
+    expected = sum(by_name[name] / 2 * model.get_parameter(name).square().sum() for name in names)
+    assert float((found["loss"] - (found["clean"] + found["robust"]) / 2).detach()) == pytest.approx(
+        float(expected.detach())
+    )
+
+
+def test_a_validation_of_another_model_is_refused() -> None:
+    x, y = examples(0)
+    model = nn.Linear(4, 2).double()
+    problems = [
+        RobustValidation(nn.Sequential(model, nn.Linear(2, 2).double()), data=[(x, y)]),
+        Perturbation(x, y, radius=RADIUS, name="validation_adversary"),
+        AdversarialTraining(model, data=[(x, y)], optimizer=lambda p: torch.optim.SGD(p, lr=0.1)),
+        Perturbation(x, y, radius=RADIUS, name="adversary"),
+    ]
+    with pytest.raises(ConfigError, match="decay for 4 parameter tensors.*has 2 that are trainable"):
+        Engine(problems, QUIET, "identity")
+
+
 def test_batches_with_indices_are_the_same_problem() -> None:
     answers = []
     for indices in (False, True):
@@ -338,6 +374,11 @@ def test_the_attack_finds_the_worst_of_a_linear_model_and_leaves_no_gradient() -
             r"\.weight must be between 0 and 1",
         ),
         (lambda x, y: RobustValidation(nn.Linear(4, 2), decay=0.0), ConfigError, r"RobustValidation\.decay"),
+        (
+            lambda x, y: RobustValidation(nn.Linear(4, 2).requires_grad_(False)),
+            ParameterError,
+            "each trainable parameter of the model, which has none",
+        ),
         (lambda x, y: AdversarialTraining(nn.Linear(4, 2), weight_decay=0.1), ConfigError, "leave weight_decay out"),
         (lambda x, y: attack(nn.Linear(4, 2).double(), x, y, radius=0.1, steps=0), ConfigError, r"attack\.steps"),
         (

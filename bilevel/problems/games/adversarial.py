@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from bilevel.errors import ConfigError, DataError
+from bilevel.errors import ConfigError, DataError, ParameterError
 from bilevel.problems.base import Problem
 from bilevel.problems.constraints import Ball, Box, Constrained, Constraint
 from bilevel.problems.supervised import Criterion, Training, Validation, counterpart
@@ -97,7 +97,7 @@ class AdversarialTraining(Training):
 
         f(w; λ) = (1 − π) ℓ(x) + π ℓ(x + δ*(w)) + ½ Σ_l exp(ρ_l) ‖w_l‖²,        λ = (logit π, ρ)
 
-    with mean losses ℓ and the sum over the owned parameter tensors.
+    with mean losses ℓ and the sum over the owned parameter tensors; ρ has an entry for every trainable one.
 
     Args:
         module: The model.
@@ -105,6 +105,9 @@ class AdversarialTraining(Training):
         validation: Name of the problem that learns the regulariser; None where there is one only.
         settings: Those of :class:`Training`, but ``weight_decay``. Batches are ``(inputs, targets)`` with all examples
             in the order of the perturbation, or ``(inputs, targets, indices)``.
+
+    Raises:
+        ConfigError: A ``weight_decay``; a :class:`RobustValidation` of another model (within the loss).
 
     Cost: 2 forward passes a loss.
     """
@@ -118,6 +121,7 @@ class AdversarialTraining(Training):
             )
         super().__init__(module, **settings)
         self.adversary_name, self.validation_name = adversary, validation
+        self._places = {name: place for place, name in enumerate(_trainable(module))}
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
         """Returns f on a batch, with its parts as metrics."""
@@ -125,9 +129,15 @@ class AdversarialTraining(Training):
         upper = counterpart(self, RobustValidation, self.validation_name)
         share = upper.share()
         clean, robust = _losses(self, counterpart(self, Perturbation, self.adversary_name), inputs, targets, indices)
+        decay = upper.decay()
+        if len(decay) != len(self._places):
+            raise ConfigError(
+                f"problem {upper.name!r} has a decay for {len(decay)} parameter tensors, and the model of problem "
+                f"{self.name!r} has {len(self._places)} that are trainable: make both from the same model"
+            )
         weights = dict(self.module.named_parameters())
-        squares = torch.stack([weights[name].square().sum() for name in self.parameter_names])
-        value = (1 - share) * clean + share * robust + (upper.decay() * squares).sum() / 2
+        squares = [decay[self._places[name]] * weights[name].square().sum() for name in self.parameter_names]
+        value = (1 - share) * clean + share * robust + torch.stack(squares).sum() / 2
         return {"loss": value, "clean": clean.detach(), "robust": robust.detach()}
 
 
@@ -151,6 +161,7 @@ class RobustValidation(Validation):
 
     Raises:
         ConfigError: A share or a weight that is no share, or a decay that is not positive.
+        ParameterError: A model without trainable parameters.
 
     Example::
 
@@ -184,7 +195,9 @@ class RobustValidation(Validation):
             check_number(owner, field, number, minimum=0.0)
             if number > 1.0 or (field == "share" and number in (0.0, 1.0)):
                 raise ConfigError(f"{owner}.{field} must be between 0 and 1, not {number!r}")
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        trainable = list(_trainable(model).values())
+        if not trainable:
+            raise ParameterError(f"{owner} has a decay for each trainable parameter of the model, which has none")
         like = trainable[0]
         rho = torch.full((len(trainable),), math.log(decay), dtype=like.dtype, device=like.device)
         logit = torch.full((), math.log(share / (1 - share)), dtype=like.dtype, device=like.device)
@@ -259,6 +272,10 @@ def attack(
             if step < steps:
                 delta = allowed.project(delta + 2.5 * radius / steps * slope.sign())
     return worst
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _held(problem: Problem, name: str) -> Tensor:
