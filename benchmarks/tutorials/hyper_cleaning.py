@@ -196,17 +196,17 @@ def _trusted(budget: Budget, found: list[dict[str, Any]]) -> Table:
 
 def draw(study: Study, figure: Any) -> None:
     """Left: the weights that were found. Right: accuracies of all rows."""
-    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
     rate = max(study.data["weights"], key=float)
     weights = study.data["weights"][rate]
-    edges = [10 ** (-4 + 0.2 * step) for step in range(28)]
-    for name, count in (("wrong", "wrong label"), ("right", "right label")):
+    edges = [10 ** (-2.4 + 0.2 * step) for step in range(20)]
+    for name in ("wrong", "right"):
         values = [min(max(value, edges[0]), edges[-1]) for value in weights[name]]
-        left.hist(values, edges, alpha=0.6, label=f"{count} ({len(values)})")
+        left.hist(values, edges, alpha=0.6, label=f"{name} ({len(values)})")
     left.set(
-        xscale="log", xlabel="weight (mean 1)", ylabel="training examples", title=f"{float(rate):.0%} wrong labels"
+        xscale="log", xlabel="weight (mean 1)", ylabel="training examples", title=f"labels, {float(rate):.0%} wrong"
     )
-    left.legend()
+    left.legend(loc="upper right")
     for place, (rate, rows) in enumerate(study.data["rows"].items()):
         for height, values in enumerate(rows.values()):
             estimate = _percent([pair[0] for pair in values])
