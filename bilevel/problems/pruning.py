@@ -168,7 +168,7 @@ def mask_weights(
         layers: Which layers, by path and module; all by default.
 
     Raises:
-        ConfigError: No layer to mask, or one that has a mask.
+        ConfigError: No layer to mask, or one that has a mask; the network is then as it was.
 
     Example:
         >>> import torch
@@ -182,8 +182,9 @@ def mask_weights(
     for path, layer in chosen.items():
         if parametrize.is_parametrized(layer, "weight"):
             raise ConfigError(f"the weight of layer {path!r} is parametrised already: prune a network once")
-    for layer in chosen.values():
-        parametrize.register_parametrization(layer, "weight", make(layer.weight))
+    masks = [make(layer.weight) for layer in chosen.values()]  # all of them, before any layer is changed
+    for layer, mask in zip(chosen.values(), masks, strict=True):
+        parametrize.register_parametrization(layer, "weight", mask)
     return network
 
 

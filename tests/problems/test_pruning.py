@@ -269,6 +269,15 @@ def test_a_layer_that_is_lost_is_warned_about() -> None:
     assert sparsity(found)["2"] == 1.0
 
 
+def test_a_network_is_masked_as_a_whole_or_not_at_all() -> None:
+    # a head that starts from zeros: its median is no threshold to start from
+    plain = network()
+    nn.init.zeros_(plain[2].weight)
+    with pytest.raises(ConfigError, match="median of .* is 0: pass start="):
+        mask_weights(plain)
+    mask_weights(plain, lambda weight: ThresholdMask(weight, start=0.1))
+
+
 def test_chosen_layers_are_masked_and_owners_are_disjoint() -> None:
     masked = mask_weights(network(), layers=lambda path, layer: path == "0")
     outer = Pruning(masked, density=0.5, optimizer=adam)
