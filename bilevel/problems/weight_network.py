@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel.problems.reweighting import example_losses, squared_norm
-from bilevel.problems.supervised import Criterion, Training, Validation, counterpart
+from bilevel.problems.supervised import Criterion, Training, Validation, batch_parts, counterpart
 from bilevel.validation import check_choice, check_integer, check_number
 
 __all__ = ["LossWeighted", "WeightNetwork"]
@@ -77,9 +77,9 @@ class WeightNetwork(Validation):
         super().__init__(module, training=training, criterion=criterion, **settings)
 
     def weights(self, losses: Tensor) -> Tensor:
-        """Returns ``V(ℓ)``, each in (0, 1), of the losses' shape."""
-        logits: Tensor = self(losses.reshape(-1, 1))
-        return logits.sigmoid().reshape(losses.shape)
+        """Returns ``V(ℓ)``, each in (0, 1), of the losses' shape and dtype; the module's own dtype may be another."""
+        logits: Tensor = self(losses.reshape(-1, 1).to(self.parameters[0].dtype))
+        return logits.sigmoid().reshape(losses.shape).to(losses.dtype)
 
 
 class LossWeighted(Training):
@@ -158,7 +158,7 @@ class LossWeighted(Training):
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the weighted loss on a batch, with the model's outputs."""
-        inputs, targets = batch
+        inputs, targets = batch_parts(self.name, batch, "inputs", "targets")
         outputs = self(inputs)
         value = self.weighted(example_losses(self.name, self.criterion, outputs, targets)).mean()
         if self.weight_decay:

@@ -180,6 +180,18 @@ def test_a_network_of_ones_own() -> None:
     assert hypergradcheck(made, rtol=1e-4, raise_on_failure=True).passed
 
 
+def test_the_default_network_serves_models_of_every_dtype() -> None:
+    batch = data(10, 0.0, 0)
+    assert batch[0].dtype == torch.float64
+    sgd = lambda params: torch.optim.SGD(params, lr=0.8)  # noqa: E731
+    for form in ("integral", "product"):
+        lower = LossWeighted(nn.Linear(2, 2).double(), form=form, data=[batch], optimizer=sgd)
+        outer = WeightNetwork(data=[batch], optimizer=sgd)
+        Engine([outer, lower], QUIET, "one_step").step()
+        assert lower.weighted(torch.rand(3, dtype=torch.float64)).dtype == torch.float64
+        assert outer.parameters[0].dtype == torch.float32
+
+
 def test_saved_networks_come_back(tmp_path: Any) -> None:
     first, second = engine(steps=3), engine(steps=3)
     first.run(2)
