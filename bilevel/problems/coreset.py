@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.errors import ConfigError, DataError
+from bilevel.problems.reweighting import check_index_range, indexed_batch
 from bilevel.problems.supervised import Training, Validation, counterpart
 from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors
@@ -125,6 +126,9 @@ class CoresetTraining(Training):
         settings: Those of :class:`Training`: weight_decay (α), optimizer, data, steps, …; ``criterion(outputs, targets,
             reduction="none")`` gives one value an example, the cross-entropy by default.
 
+    Raises:
+        DataError: Weights for examples that are not in the data set, where its size is known.
+
     Cost: 1 forward pass a loss.
     """
 
@@ -138,14 +142,25 @@ class CoresetTraining(Training):
         super().__init__(module, **settings)
         self.coreset_name = coreset
 
+    def attach(self, siblings: Mapping[str, Any]) -> None:
+        """Compares the number of weights with that of the training examples, where it is known."""
+        super().attach(siblings)
+        outer = self.coreset()
+        check_index_range(self, outer.name, len(outer.weights()), "weights")
+
+    def coreset(self) -> Coreset:
+        """Returns the outer problem."""
+        return counterpart(self, Coreset, self.coreset_name)
+
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the weighted loss on a batch.
 
         Raises:
-            DataError: An index of an example that has no weight; a criterion that does not give one value an example.
+            DataError: A batch without indices; an index of an example that has no weight; a criterion that does not
+                give one value an example.
         """
-        inputs, targets, indices = batch
-        coreset = counterpart(self, Coreset, self.coreset_name)
+        inputs, targets, indices = indexed_batch(self.name, batch)
+        coreset = self.coreset()
         outputs = self(inputs)
         losses = self.criterion(outputs, targets, reduction="none")
         if losses.dim() == 0 or len(losses) != len(indices):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from bilevel.errors import ConfigError, DataError
-from bilevel.problems.supervised import Training, Validation, counterpart
+from bilevel.problems.supervised import Training, Validation, batch_parts, counterpart
 from bilevel.validation import check_integer, check_number
 
 __all__ = ["BalancedBatches", "DomainWeights", "Mixture", "Sources"]
@@ -178,7 +178,7 @@ class DomainWeights(Validation):
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the trained model's loss on a batch of the target, and the penalty."""
-        inputs, targets = batch
+        inputs, targets = batch_parts(self.name, batch, "inputs", "targets")
         training = self.trained()
         value = (self.criterion or training.criterion)(training(inputs), targets)
         if self.uniformity:
@@ -246,7 +246,8 @@ class Mixture(Training):
             DataError: A source's number that has no weight, a source that is missing in the batch where no rates are
                 given, or a criterion that does not give values for each example.
         """
-        inputs, targets, sources = batch
+        remedy = "wrap the data sets in bilevel.problems.Sources, which adds the sources' numbers"
+        inputs, targets, sources = batch_parts(self.name, batch, "inputs", "targets", "sources", remedy=remedy)
         outputs = self(inputs)
         losses = self.source_losses(self.criterion(outputs, targets, reduction="none"), sources)
         weights = counterpart(self, DomainWeights, self.weights_name).weights()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from bilevel.data.indexed import Indexed
 from bilevel.errors import ConfigError, DataError, LossError
-from bilevel.problems.supervised import Criterion, Training, Validation, counterpart
+from bilevel.problems.supervised import Criterion, Training, Validation, batch_parts, counterpart
 from bilevel.validation import check_choice, check_integer, check_number
 
 __all__ = [
@@ -199,13 +199,8 @@ def indexed_batch(name: str, batch: Any) -> tuple[Any, Any, Tensor]:
     Raises:
         DataError: A batch of another form.
     """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 3:
-        came = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
-        raise DataError(
-            f"problem {name!r} needs batches (inputs, targets, indices), and got {came}: wrap its data set in "
-            "bilevel.problems.Indexed, which adds the indices"
-        )
-    inputs, targets, indices = batch
+    remedy = "wrap its data set in bilevel.problems.Indexed, which adds the indices"
+    inputs, targets, indices = batch_parts(name, batch, "inputs", "targets", "indices", remedy=remedy)
     return inputs, targets, indices
 
 

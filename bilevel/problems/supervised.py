@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel.errors import ConfigError, GraphError
+from bilevel.errors import ConfigError, DataError, GraphError
 from bilevel.problems.base import Problem
 from bilevel.validation import check_number
 
-__all__ = ["Criterion", "Training", "Validation", "counterpart", "module_dict"]
+__all__ = ["Criterion", "Training", "Validation", "batch_parts", "counterpart", "module_dict"]
 
 Criterion = Callable[..., Tensor]
 """``(outputs, targets) -> scalar``; with ``reduction="none"``, where it is asked for, one value an example."""
@@ -50,6 +50,19 @@ def counterpart(problem: Problem, kind: type[Kind], name: str | None = None) -> 
     )
 
 
+def batch_parts(name: str, batch: Any, *parts: str, remedy: str = "check the data set's examples") -> Any:
+    """Returns a batch that has parts of these names; what Python cannot unpack is left to it to refuse.
+
+    Raises:
+        DataError: A batch of more or fewer parts, or one tensor or mapping.
+    """
+    several = isinstance(batch, (tuple, list))
+    if (several and len(batch) != len(parts)) or isinstance(batch, (Tensor, Mapping)):
+        came = f"{len(batch)} parts" if several else f"a {type(batch).__name__}"
+        raise DataError(f"problem {name!r} needs batches ({', '.join(parts)}), and got {came}: {remedy}")
+    return batch
+
+
 def module_dict(what: str, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
     """Returns modules under names of the user's own.
 
@@ -80,6 +93,7 @@ class Training(Problem):
 
     Raises:
         ConfigError: ``weight_decay`` below 0.
+        DataError: Batches of another form (within the loss).
 
     Cost: 1 forward pass a loss.
     """
@@ -99,7 +113,7 @@ class Training(Problem):
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the loss on a batch, with the model's outputs."""
-        inputs, targets = batch
+        inputs, targets = batch_parts(self.name, batch, "inputs", "targets")
         outputs = self(inputs)
         return {"loss": self.criterion(outputs, targets) + self.decay(), "outputs": outputs}
 
@@ -137,6 +151,6 @@ class Validation(Problem):
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the trained model's loss on a batch."""
-        inputs, targets = batch
+        inputs, targets = batch_parts(self.name, batch, "inputs", "targets")
         training = self.trained()
         return (self.criterion or training.criterion)(training(inputs), targets)

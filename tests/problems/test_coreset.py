@@ -148,6 +148,21 @@ def test_weights_for_examples_that_are_not_in_the_data_set_are_refused():
             training.loss((torch.zeros(2, 2, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE), torch.tensor(indices)))
 
 
+def test_a_coreset_of_more_examples_than_there_are_is_refused():
+    data = Indexed(TensorDataset(torch.randn(20, 2), torch.randint(0, 2, (20,))))
+    sgd = lambda params: torch.optim.SGD(params, lr=0.2)  # noqa: E731
+    inner = CoresetTraining(nn.Linear(2, 2), data=DataLoader(data, batch_size=5), optimizer=sgd)
+    outer = Coreset(100, budget=10, data=[(torch.randn(4, 2), torch.zeros(4).long())], optimizer=sgd)
+    with pytest.raises(DataError, match="'coreset' has weights for 100 examples, and the data set .* has 20"):
+        Engine([outer, inner], QUIET)
+
+
+def test_batches_without_indices_are_refused():
+    training = regression().problems["coreset_training"]
+    with pytest.raises(DataError, match=r"needs batches \(inputs, targets, indices\), and got 2 parts.*Indexed"):
+        training.loss((torch.zeros(2, 2, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE)))
+
+
 def test_a_criterion_that_averages_is_refused():
     training = regression().problems["coreset_training"]
     training.criterion = lambda outputs, targets, reduction: (outputs - targets).mean()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from bilevel import Engine, EngineConfig, hypergradcheck
-from bilevel.errors import BilevelWarning, ConfigError, GraphError
+from bilevel.errors import BilevelWarning, ConfigError, DataError, GraphError
 from bilevel.problems import Problem, Training, Validation, counterpart
 
 QUIET = EngineConfig(progress=False)
@@ -69,6 +69,23 @@ def test_the_loss_is_the_criterion_and_the_decay_of_the_owned_parameters():
 def test_a_decay_is_a_number_of_at_least_zero(weight_decay: Any):
     with pytest.raises(ConfigError, match=r"training\.weight_decay must be a finite number"):
         Training(nn.Linear(1, 1), optimizer=sgd, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("batch", "came"),
+    [
+        (torch.randn(2, 3), "a Tensor"),
+        ({"x": torch.randn(2, 3), "y": torch.zeros(2)}, "a dict"),
+        ((torch.randn(2, 3),), "1 parts"),
+        ([torch.randn(2, 3), torch.zeros(2), torch.arange(2)], "3 parts"),
+    ],
+)
+def test_batches_of_another_form_are_refused(batch: Any, came: str):
+    inner, outer = Training(nn.Linear(3, 2), optimizer=sgd), Validation(scale())
+    outer.attach({"training": inner, "validation": outer})
+    for problem in (inner, outer):
+        with pytest.raises(DataError, match=rf"{problem.name}' needs batches \(inputs, targets\), and got {came}"):
+            problem.loss(batch)
 
 
 def test_a_pair_finds_each_other_and_its_hypergradient_is_right():

@@ -14,7 +14,7 @@ from torch.optim import Adam
 from bilevel.errors import ConfigError, DataError, ParameterError
 from bilevel.problems.base import Problem
 from bilevel.problems.constraints import Ball, Box, Constrained, Constraint
-from bilevel.problems.supervised import Criterion, Training, Validation, counterpart
+from bilevel.problems.supervised import Criterion, Training, Validation, batch_parts, counterpart
 from bilevel.validation import check_choice, check_integer, check_number
 
 __all__ = ["AdversarialTraining", "Perturbation", "RobustValidation", "attack"]
@@ -125,7 +125,7 @@ class AdversarialTraining(Training):
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
         """Returns f on a batch, with its parts as metrics."""
-        inputs, targets, indices = batch if len(batch) == 3 else (*batch, None)
+        inputs, targets, indices = _parts(self.name, batch)
         upper = counterpart(self, RobustValidation, self.validation_name)
         share = upper.share()
         clean, robust = _losses(self, counterpart(self, Perturbation, self.adversary_name), inputs, targets, indices)
@@ -214,7 +214,7 @@ class RobustValidation(Validation):
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
         """Returns F on a batch, with its parts as metrics."""
-        inputs, targets, indices = batch if len(batch) == 3 else (*batch, None)
+        inputs, targets, indices = _parts(self.name, batch)
         adversary = counterpart(self, Perturbation, self.adversary_name)
         clean, robust = _losses(self.trained(), adversary, inputs, targets, indices)
         return {
@@ -282,6 +282,14 @@ def _held(problem: Problem, name: str) -> Tensor:
     module: Any = problem.module
     value: Tensor = module[name]
     return value
+
+
+def _parts(name: str, batch: Any) -> tuple[Any, Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 3:
+        inputs, targets, indices = batch
+        return inputs, targets, indices
+    inputs, targets = batch_parts(name, batch, "inputs", "targets", remedy="or (inputs, targets, indices)")
+    return inputs, targets, None
 
 
 def _losses(

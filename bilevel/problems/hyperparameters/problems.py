@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bilevel.errors import ConfigError, GraphError, unknown_name
 from bilevel.problems.hyperparameters.base import Hyperparameter, Value
 from bilevel.problems.hyperparameters.tasks import Tasks
-from bilevel.problems.supervised import Criterion, Training, Validation, counterpart, module_dict
+from bilevel.problems.supervised import Criterion, Training, Validation, batch_parts, counterpart, module_dict
 from bilevel.vector import Tensors
 
 __all__ = ["Hyperparameters", "Tuned"]
@@ -72,7 +72,7 @@ class Tuned(Training):
 
     def loss(self, batch: Any) -> Tensor | Mapping[str, Any]:
         """Returns the training loss on a batch ``(inputs, targets)``, with the model's outputs."""
-        inputs, targets = batch
+        inputs, targets = batch_parts(self.name, batch, "inputs", "targets")
         parts = self.parts().values()
         for part in parts:
             inputs = part.inputs(inputs)
