@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -20,11 +22,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 from bilevel.data.indexed import Indexed
 
-__all__ = ["shared_indices"]
+__all__ = ["shared_examples", "shared_indices"]
 
 _WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
-# By data set: which of its examples may be drawn. The data set is held, since its identity is the key.
-_Examples = dict[int, tuple[Any, set[int]]]
+# Of a whole data set, however large, a range: nothing is written out that need not be.
+_Indices = range | NDArray[np.int64]
+_Examples = dict[int, _Indices]  # by the identity of a data set: which of its examples may be drawn
 
 
 def shared_indices(first: object, second: object) -> list[int] | None:
@@ -43,7 +46,7 @@ def shared_indices(first: object, second: object) -> list[int] | None:
         such data sets, the indices are of the first that has any. None where it cannot be known: iterables, samplers of
         the user's own, different data sets.
 
-    Cost: O(number of indices); no example is read.
+    Cost: O(number of indices) where the data sets are the same; no example is read.
 
     Example:
         >>> import torch
@@ -53,13 +56,28 @@ def shared_indices(first: object, second: object) -> list[int] | None:
         >>> shared_indices(train, validation)
         [7]
     """
+    found = shared_examples(first, second)
+    return None if found is None else [int(index) for index in found]
+
+
+def shared_examples(first: object, second: object) -> _Indices | None:
+    """Returns what :func:`shared_indices` does, as a range where it is one."""
+    if not _bases(first) & _bases(second):
+        return None
     one, other = _examples_of(first), _examples_of(second)
     if one is None or other is None:
         return None
-    common = [key for key in one if key in other]
-    if not common:
-        return None
-    return next((sorted(shared) for key in common if (shared := one[key][1] & other[key][1])), [])
+    shared = (_intersection(one[key], other[key]) for key in one if key in other)
+    return next((indices for indices in shared if len(indices)), range(0))
+
+
+def _bases(source: object) -> set[int]:
+    """Returns the identities of the data sets that a source leads to."""
+    if isinstance(source, (DataLoader, Indexed, Subset)):
+        return _bases(source.dataset)
+    if isinstance(source, ConcatDataset):
+        return set().union(*map(_bases, source.datasets))
+    return {id(source)}
 
 
 def _examples_of(source: object) -> _Examples | None:
@@ -71,7 +89,7 @@ def _examples_of(source: object) -> _Examples | None:
     return _located(source, _every(source))
 
 
-def _drawn(loader: DataLoader[Any]) -> set[int] | None:
+def _drawn(loader: DataLoader[Any]) -> _Indices | None:
     """Returns the indices that a loader's sampler may draw, where that is known."""
     if isinstance(loader.dataset, IterableDataset) or not _is_map_style(loader.dataset):
         return None
@@ -83,37 +101,35 @@ def _drawn(loader: DataLoader[Any]) -> set[int] | None:
     if isinstance(sampler, SubsetRandomSampler):
         return _integers(sampler.indices)
     if isinstance(sampler, WeightedRandomSampler):
-        return {place for place, weight in enumerate(sampler.weights.tolist()) if weight > 0}
+        return np.flatnonzero(sampler.weights.cpu().numpy() > 0)
     return _every(loader.dataset) if isinstance(sampler, _WHOLE) else None
 
 
-def _located(dataset: Any, drawn: set[int] | None) -> _Examples | None:
+def _located(dataset: Any, drawn: _Indices | None) -> _Examples | None:
     """Follows indices through views of data sets to those that hold the examples."""
     if drawn is None:
         return None
     if isinstance(dataset, Indexed):
         return _located(dataset.dataset, drawn)
     if isinstance(dataset, Subset):
-        places = dataset.indices
-        if any(not -len(places) <= index < len(places) for index in drawn):
-            return None
-        return _located(dataset.dataset, _integers(places[index] for index in drawn))
+        places = _integers(dataset.indices)
+        return None if places is None else _located(dataset.dataset, _chosen(places, drawn))
     if not _is_map_style(dataset):
         return None
     size = len(dataset)
-    drawn = {index + size if index < 0 else index for index in drawn}
+    if not isinstance(drawn, range):
+        drawn = np.where(drawn < 0, drawn + size, drawn)
     if not isinstance(dataset, ConcatDataset):
-        return {id(dataset): (dataset, drawn)}
+        return {id(dataset): drawn}
     found: _Examples = {}
     start = 0
     for part in dataset.datasets:
         end = start + len(part)  # type: ignore[arg-type]  # ConcatDataset has asked for it
-        inside = {index - start for index in drawn if start <= index < end}
-        located = _located(part, inside)
+        located = _located(part, _shifted(_intersection(drawn, range(start, end)), -start))
         if located is None:
             return None
-        for key, (base, inner) in located.items():
-            found[key] = (base, inner | found[key][1] if key in found else inner)
+        for key, inner in located.items():
+            found[key] = _union(inner, found[key]) if key in found else inner
         start = end
     return found
 
@@ -122,13 +138,58 @@ def _is_map_style(dataset: object) -> bool:
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
-def _every(dataset: Any) -> set[int]:
-    return set(range(len(dataset)))
+def _every(dataset: Any) -> range:
+    return range(len(dataset))
 
 
-def _integers(indices: Iterable[Any]) -> set[int] | None:
+def _integers(indices: Iterable[Any]) -> _Indices | None:
     """Returns indices as integers; None where some are not (a data set with keys)."""
+    if isinstance(indices, range) and indices.step == 1 and indices.start >= 0:
+        return indices
     try:
-        return {int(index) for index in indices}
+        found = np.asarray(indices)
+        if found.dtype.kind not in "iu":
+            found = np.array([int(index) for index in indices], dtype=np.int64)
     except (TypeError, ValueError):
         return None
+    return found.astype(np.int64)
+
+
+def _chosen(places: _Indices, drawn: _Indices) -> _Indices | None:
+    """Returns the places with the given indices; None where there are none of some."""
+    if isinstance(drawn, range) and drawn == range(len(places)):
+        return places
+    wanted = np.asarray(drawn)
+    if len(wanted) and not -len(places) <= wanted.min() <= wanted.max() < len(places):
+        return None
+    if isinstance(places, range):
+        return places.start + np.where(wanted < 0, wanted + len(places), wanted)
+    found: NDArray[np.int64] = places[wanted]
+    return found
+
+
+def _intersection(one: _Indices, other: _Indices) -> _Indices:
+    if isinstance(one, range) and isinstance(other, range):
+        return range(max(one.start, other.start), min(one.stop, other.stop))
+    if isinstance(one, range):
+        return _intersection(other, one)
+    if isinstance(other, range):
+        return _sorted(one[(one >= other.start) & (one < other.stop)])
+    few, many = sorted((one, other), key=len)
+    return _sorted(few[np.isin(few, many)])
+
+
+def _union(one: _Indices, other: _Indices) -> _Indices:
+    if isinstance(one, range) and isinstance(other, range) and one == other:
+        return one
+    return _sorted(np.concatenate([one, other]))
+
+
+def _sorted(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns each index once, in order; np.unique takes a hundred times as long."""
+    found = np.sort(indices)
+    return found[np.diff(found, prepend=-1) > 0]  # none is below 0
+
+
+def _shifted(indices: _Indices, by: int) -> _Indices:
+    return range(indices.start + by, indices.stop + by) if isinstance(indices, range) else indices + by

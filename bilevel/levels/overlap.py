@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from bilevel.data import shared_indices
+from bilevel.data.overlap import shared_examples
 from bilevel.errors import BilevelWarning
 from bilevel.levels.graph import Dependencies
 from bilevel.problems.base import Problem
@@ -20,10 +20,10 @@ def warn_of_shared_examples(problems: Mapping[str, Problem], dependencies: Depen
     """
     for outer, below in dependencies.lower.items():
         for inner in sorted(below):
-            shared = shared_indices(problems[outer].data, problems[inner].data)
-            if not shared:
+            shared = shared_examples(problems[outer].data, problems[inner].data)
+            if shared is None or not len(shared):
                 continue
-            few = ", ".join(str(index) for index in shared[:3]) + (", …" if len(shared) > 3 else "")
+            few = ", ".join(str(int(index)) for index in shared[:3]) + (", …" if len(shared) > 3 else "")
             warnings.warn(
                 f"problems {outer!r} and {inner!r} draw the same examples, {len(shared)} of them (indices {few}): "
                 f"{outer!r} then judges {inner!r} by what that was fitted to, and learns to overfit. Give them "

@@ -26,7 +26,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from bilevel.data.indexed import Indexed
-from bilevel.data.overlap import shared_indices
+from bilevel.data.overlap import shared_examples, shared_indices
 from bilevel.errors import DataError
 
 SIZE = 12
@@ -85,6 +85,34 @@ def test_a_whole_data_set_shares_all_that_the_other_has() -> None:
     assert shared_indices(DataLoader(data, shuffle=True), DataLoader(data)) == list(range(SIZE))
     assert shared_indices(data, DataLoader(Subset(data, [3, -1]))) == [3, SIZE - 1]
     assert shared_indices(DataLoader(data, batch_size=None), data) == list(range(SIZE))
+
+
+class Corpus(Dataset[Any]):
+    """A data set whose indices fit into no memory."""
+
+    def __len__(self) -> int:
+        return 10**15
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("read")
+
+
+def test_of_data_sets_of_any_size_no_more_is_written_out_than_is_asked_for() -> None:
+    one, other = Corpus(), Corpus()
+    assert shared_indices(DataLoader(one), DataLoader(other)) is None
+    parts = Subset(one, range(10**14)), Subset(one, range(10**14 - 2, 10**15))  # type: ignore[arg-type]
+    assert shared_indices(DataLoader(parts[0]), DataLoader(parts[1])) == [10**14 - 2, 10**14 - 1]
+    assert shared_indices(DataLoader(one), Subset(one, [-1, 5, 5])) == [5, 10**15 - 1]
+    assert shared_indices(Subset(parts[1], [-1, 0, 1]), Subset(one, [10**14 - 2, 10**15 - 1])) == [
+        10**14 - 2,
+        10**15 - 1,
+    ]
+    assert shared_indices(Subset(parts[0], [10**14]), one) is None
+    both = ConcatDataset([other, Indexed(one)])
+    assert shared_indices(both, Subset(one, [7, 3])) == [3, 7]
+    assert shared_indices(Subset(both, [10**15 + 4]), one) == [4]
+    found = shared_examples(DataLoader(one), DataLoader(one))
+    assert found == range(10**15)
 
 
 def test_random_splits_are_apart() -> None:
