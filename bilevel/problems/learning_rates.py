@@ -79,7 +79,8 @@ class Paced(Tuned):
     problem does not depend on the rate that led to it, so the implicit derivative is zero.
 
     The model's own parameters become buffers, which hold w after every outer step: ``model(x)`` and its ``state_dict``
-    are the trained model's; ``named_weights()`` has them too. The displacements are this problem's parameters.
+    are the trained model's; ``named_weights()`` has them too. What is loaded into the model is where the next round
+    starts. The displacements are this problem's parameters.
 
     Args:
         module: The model; its trainable parameters (those that ``params`` selects) are replaced by buffers, in place.
@@ -90,7 +91,7 @@ class Paced(Tuned):
         params: Which of the model's trainable parameters are trained; all by default.
         hypergradient: ``"unrolled"``, or another method that follows updates (``"pzobo"``). The engine's own method is
             not used here.
-        settings: Those of :class:`~bilevel.Problem`, less reset, warmup_steps and max_grad_norm.
+        settings: Those of :class:`~bilevel.Problem`, less reset, warmup_steps, max_grad_norm and stop.
 
     Raises:
         ConfigError: Another optimiser, one with weight decay, a method that does not follow the updates, or a setting
@@ -127,6 +128,11 @@ class Paced(Tuned):
         without = [key for key in ("reset", "warmup_steps", "max_grad_norm") if settings.get(key)]
         if without:
             raise ConfigError(f"a Paced problem starts each round of updates anew and takes no {', '.join(without)}")
+        if settings.get("stop") is not None:
+            raise ConfigError(
+                "a Paced problem takes no stop: the learning rates of the last round would still be learned, by a step "
+                "that is past. Stop the run"
+            )
         if isinstance(optimizer, Optimizer) or not callable(optimizer):
             raise ConfigError("a Paced problem moves displacements: pass optimizer=lambda params: …, not an optimizer")
         displaced = _Displaced(module, select_parameters(type(self).__name__, module, params))
@@ -197,6 +203,7 @@ class _Displaced(nn.Module):
             self.base.register_buffer(_key(name), p.detach().clone())
             self.scale.register_buffer(_key(name), torch.ones_like(p))
         self.model = model
+        self.shown = True  # the model holds the weights, or others that were loaded into it
 
     def take_over(self) -> None:
         """Makes buffers of the model's parameters, wherever it holds them."""
@@ -222,7 +229,9 @@ class _Displaced(nn.Module):
     @torch.no_grad()
     def fold(self, scales: Mapping[str, Tensor | float]) -> None:
         """Moves the base to the weights, and takes new scales."""
-        for name, value in self.held().items():
+        weights = {name: self.model.get_buffer(name) for name in self.names} if self.shown else self.held()
+        self.shown = False
+        for name, value in weights.items():
             getattr(self.base, _key(name)).copy_(value)
             getattr(self.displacement, _key(name)).zero_()
             scale = getattr(self.scale, _key(name))
@@ -233,6 +242,7 @@ class _Displaced(nn.Module):
         """Copies the weights into the model."""
         for name, value in self.held().items():
             self.model.get_buffer(name).copy_(value)
+        self.shown = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the weights that the updates have led to."""

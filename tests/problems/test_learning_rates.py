@@ -200,6 +200,22 @@ def test_the_model_holds_the_trained_weights_after_every_step() -> None:
     torch.testing.assert_close(fresh(x), model(x))
 
 
+def test_weights_that_are_loaded_into_the_model_are_where_it_goes_on() -> None:
+    torch.manual_seed(1)
+    pretrained = {name: torch.randn_like(value) for name, value in network().state_dict().items()}
+    model = network()
+    loaded = Engine(list(problems(model, sgd(RATE))), QUIET)
+    model.load_state_dict(pretrained)
+    expected = network()
+    expected.load_state_dict(pretrained)
+    before = Engine(list(problems(expected, sgd(RATE))), QUIET)
+    assert [loaded.step().losses for _ in range(2)] == [before.step().losses for _ in range(2)]
+    for each in (model, expected):  # and between steps
+        each.load_state_dict(pretrained)
+    assert loaded.step().losses == before.step().losses
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     x = data(30, 0)[0][0]
     noise = lambda: {"noise": Noise(0.1).double()}  # noqa: E731
@@ -335,6 +351,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         (lambda m: Paced(m, optimizer=torch.optim.Adadelta), ConfigError, "SGD, Adam,.*is Adadelta"),
         (lambda m: Paced(m, optimizer=sgd(0.1), reset="initial"), ConfigError, "anew and takes no reset"),
         (lambda m: Paced(m, optimizer=sgd(0.1), weight_decay=0.1), ConfigError, "Paced takes its .*WeightDecay"),
+        (lambda m: Paced(m, optimizer=sgd(0.1), stop=3), ConfigError, "takes no stop"),
         (lambda m: Paced(m, optimizer=sgd(0.1), max_grad_norm=1.0), ConfigError, "takes no max_grad_norm"),
         (lambda m: Paced(m, optimizer=sgd(0.1), params="nothing"), UnknownNameError, "'nothing'"),
         (lambda m: Paced(m, optimizer=sgd(0.1), hypergradient="cg"), ConfigError, "'conjugate_gradient'.*unrolled"),
