@@ -575,6 +575,10 @@ def test_two_pairs_in_one_engine_are_told_apart_by_name() -> None:
         ({"optimizer": 3}, ConfigError, "optimizer of problem 'adaptation' must be a callable"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, ConfigError, "must be a callable"),
         ({"data": [1]}, ConfigError, "takes no data or batches"),
+        ({"accumulate": 2}, ConfigError, "takes no accumulate, and was given 2: draw more tasks a batch"),
+        ({"outer": {"accumulate": 4}}, ConfigError, "'meta_learner' takes no accumulate"),
+        ({"start": 2}, ConfigError, "takes no start.*tasks of its own"),
+        ({"stop": 1}, ConfigError, "takes no stop"),
         ({"outer": {"data": [1]}}, ConfigError, "takes no data or batches"),
         ({"outer": {"learned_rates": "0.*"}, "params": "2.*"}, ConfigError, "learns rates of 0.bias, 0.weight"),
         ({"outer": {"learned_rates": "7"}}, UnknownNameError, "parameter pattern of problem 'meta_learner'"),
@@ -613,6 +617,14 @@ def test_another_number_of_tasks_is_refused() -> None:
     torn = episodes()[0]._replace(query_targets=episodes(tasks=2)[0].query_targets)
     with pytest.raises(DataError, match="must have one entry a task"):
         engine_of(tasks=[torn])
+
+
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_more_classes_than_outputs_are_refused(vectorized: bool) -> None:
+    wide = Episodes((torch.randn(80, 5, dtype=DOUBLE), torch.arange(80) % 8), WAYS + 2, SHOTS, QUERIES, TASKS)
+    running = engine_of(held_out=wide, vectorized=vectorized)
+    with pytest.raises(DataError, match=f"the class {WAYS + 1}, and the network {WAYS} outputs"):
+        running.evaluate()
 
 
 def test_a_head_with_more_outputs_than_classes_has_no_prototypes() -> None:

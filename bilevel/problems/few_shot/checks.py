@@ -13,7 +13,7 @@ from bilevel.errors import ConfigError, DataError, ParameterError
 from bilevel.problems.base import Problem
 from bilevel.validation import check_integer, check_number
 
-__all__ = ["batch_of", "check_settings", "refuse_data", "refuse_running_statistics"]
+__all__ = ["batch_of", "check_settings", "refuse_data", "refuse_running_statistics", "refuse_settings"]
 
 
 def batch_of(source: TaskSource | Sequence[TaskBatch], number: int, name: str) -> TaskBatch:
@@ -43,6 +43,17 @@ def refuse_data(problem: Problem, data: object) -> None:
             f"problem {problem.name!r} takes no data or batches: both problems of few-shot learning see the tasks of "
             "Adaptation(network, tasks, …)"
         )
+
+
+def refuse_settings(problem: Problem, *fields: str) -> None:
+    """Raises for data, and for fields of a problem that mean nothing where every step has a batch of tasks."""
+    refuse_data(problem, problem.data)
+    usual = {"accumulate": 1, "start": 0, "stop": None}
+    for field in fields:
+        value = getattr(problem, field)
+        if value != usual[field]:
+            remedy = "draw more tasks a batch" if field == "accumulate" else "every step adapts to tasks of its own"
+            raise ConfigError(f"problem {problem.name!r} takes no {field}, and was given {value!r}: {remedy}")
 
 
 def check_settings(

@@ -15,7 +15,13 @@ from bilevel.errors import ConfigError, DataError, ParameterError
 from bilevel.functional import dense_gradient, derivatives
 from bilevel.problems.base import ParameterSelection, Problem, select_parameters
 from bilevel.problems.few_shot.assessment import Assessment
-from bilevel.problems.few_shot.checks import batch_of, check_settings, refuse_data, refuse_running_statistics
+from bilevel.problems.few_shot.checks import (
+    batch_of,
+    check_settings,
+    refuse_data,
+    refuse_running_statistics,
+    refuse_settings,
+)
 from bilevel.problems.few_shot.stacked import (
     Displacements,
     RatedNetwork,
@@ -56,8 +62,8 @@ class MetaLearner(Problem):
             as for ``params``. Each element then has a factor s, 1 at first, that is learned with λ: a gradient step of
             rate η on d is one of rate ``η s²`` on w. (Meta-SGD learns the rate itself, whose sign it lets change.)
         adaptation: The name of the inner problem; None where the engine has one only.
-        settings: Those of :class:`~bilevel.Problem` but ``data``. Patterns of ``params`` are over the names in
-            ``module``: the network's, or with learned rates ``network.*`` and ``factors.*``.
+        settings: Those of :class:`~bilevel.Problem` but ``data`` and ``accumulate``. Patterns of ``params`` are over
+            the names in ``module``: the network's, or with learned rates ``network.*`` and ``factors.*``.
 
     Raises:
         ConfigError: Data, or later learned rates of parameters that do not adapt.
@@ -92,7 +98,7 @@ class MetaLearner(Problem):
             chosen = select_parameters(settings.get("name") or "meta_learner", network, learned_rates)
             module = RatedNetwork(network, chosen)
         super().__init__(module, **settings)
-        refuse_data(self, self.data)
+        refuse_settings(self, "accumulate")
         self.network = network
         self.criterion = criterion
         self.adaptation_name = adaptation
@@ -188,13 +194,14 @@ class Adaptation(Problem):
         held_out_batches: How many batches of them.
         held_out_steps: The steps taken there; ``steps`` by default. More are allowed.
         meta_learner: The name of the outer problem; None where the engine has one only.
-        settings: Those of :class:`~bilevel.Problem` but ``data`` and ``reset``: steps, hypergradient, ….
+        settings: Those of :class:`~bilevel.Problem` but ``data``, ``reset``, ``accumulate``, ``start`` and ``stop``:
+            steps, hypergradient, ….
 
     Raises:
         ConfigError: A setting that makes no sense.
         ParameterError: A layer that keeps running statistics in training mode, which tasks would mix.
         UnknownNameError: A pattern that matches no trainable parameter.
-        DataError: No tasks, or later, another number of them.
+        DataError: No tasks, or later, another number of them, or a class for which the network has no output.
 
     In data-parallel runs gradients of d are averaged too: every process must draw the same tasks.
 
@@ -229,7 +236,7 @@ class Adaptation(Problem):
         self.num_tasks = len(batch_of(tasks, 0, name).support_targets)
         module = Displacements({key: _zeros(self.num_tasks, value) for key, value in adapting.items()})
         super().__init__(module, optimizer=optimizer, reset="initial", **settings)
-        refuse_data(self, self.data)
+        refuse_settings(self, "accumulate", "start", "stop")
         self.criterion, self.proximal = criterion, proximal
         self.chunk_size, self.vectorized = chunk_size, vectorized
         self.held_out_batches, self.held_out_steps = held_out_batches, held_out_steps

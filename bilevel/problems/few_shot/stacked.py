@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from bilevel.errors import DataError
+
 __all__ = ["Displacements", "Mirror", "RatedNetwork", "accuracies", "stacked_losses", "stacked_outputs"]
 
 
@@ -89,8 +91,21 @@ def stacked_outputs(
 def stacked_losses(
     criterion: Callable[..., Tensor], outputs: Tensor, targets: Tensor, *, vectorized: bool = True
 ) -> Tensor:
-    """Returns ``criterion(outputs[i], targets[i])`` for every task, ``(M,)``."""
-    return _over_tasks(criterion, vectorized, None)(outputs, targets)
+    """Returns ``criterion(outputs[i], targets[i])`` for every task, ``(M,)``.
+
+    Raises:
+        DataError: A class for which there is no output.
+    """
+    try:
+        return _over_tasks(criterion, vectorized, None)(outputs, targets)
+    except (IndexError, RuntimeError) as error:
+        classes = outputs.dim() == targets.dim() + 1 and not targets.is_floating_point()
+        if classes and targets.numel() and int(targets.max()) >= outputs.shape[-1]:
+            raise DataError(
+                f"a task has the class {int(targets.max())}, and the network {outputs.shape[-1]} outputs: give it as "
+                "many as the tasks have ways"
+            ) from error
+        raise
 
 
 def accuracies(outputs: Tensor, targets: Tensor) -> Tensor | None:
