@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bilevel.errors import ConfigError
+from bilevel.problems.distillation import redraw
 from bilevel.problems.search_space import NONE, Cell, CellGenotype, DiscreteCell, MixedOperation
 from bilevel.problems.supervised import Training, Validation
 from bilevel.validation import check_number
@@ -146,23 +147,16 @@ def discretise(network: nn.Module, *, num_edges: int = 2, fresh: bool = False) -
     Args:
         network: The searched network; it is not changed.
         num_edges: Incoming edges that a node keeps; see :meth:`Cell.genotype`.
-        fresh: Draws all parameters anew (by every layer's ``reset_parameters``) instead of copying the weights.
+        fresh: Draws all parameters anew, by :func:`~bilevel.problems.redraw`, instead of copying the weights.
 
     Raises:
-        ConfigError: No mixtures, equally strong candidates, or, with ``fresh``, a layer with parameters and no
-            ``reset_parameters``.
+        ConfigError: No mixtures, or equally strong candidates.
+        ParameterError: With ``fresh``, a layer with parameters and no ``reset_parameters``.
     """
     _logits(network)
     result = _cut(copy.deepcopy(network), num_edges, {})
     if fresh:
-        for path, module in result.named_modules():
-            reset = getattr(module, "reset_parameters", None)  # torch's convention
-            if callable(reset):
-                reset()
-            elif any(True for _ in module.parameters(recurse=False)):
-                raise ConfigError(
-                    f"layer {path!r} ({type(module).__name__}) has no reset_parameters() to draw its own anew"
-                )
+        redraw(result)
     return result
 
 

@@ -271,7 +271,7 @@ def redraw(module: nn.Module) -> None:
         elif next(layer.parameters(recurse=False), None) is not None:
             raise ParameterError(
                 f"{type(layer).__name__} {name!r} has parameters but no reset_parameters(), so that they cannot be "
-                "drawn anew: give it one, or pass a function of your own as initialize="
+                "drawn anew: give it one, or draw them by a function of your own"
             )
 
 

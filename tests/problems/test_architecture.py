@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bilevel import Engine, EngineConfig, OneStep, Unrolled, hypergradcheck
-from bilevel.errors import ConfigError, GraphError, UnknownNameError
+from bilevel.errors import ConfigError, GraphError, ParameterError, UnknownNameError
 from bilevel.hypergrad import available_methods
 from bilevel.problems.architecture import Architecture, SupernetTraining, discretise, genotype
 from bilevel.problems.search_space import Cell, DiscreteCell, MixedOperation, image_operations, tabular_operations
@@ -441,8 +441,16 @@ def test_a_layer_that_cannot_be_drawn_anew_is_named() -> None:
     mixture = MixedOperation({"scale": Scale, "skip": nn.Identity})
     nn.init.constant_(mixture.logits[:1], 1.0)
     assert isinstance(discretise(mixture), Scale)
-    with pytest.raises(ConfigError, match=r"layer '0' \(Scale\) has no reset_parameters"):
+    with pytest.raises(ParameterError, match=r"Scale '0' has parameters but no reset_parameters"):
         discretise(nn.Sequential(mixture), fresh=True)
+
+
+def test_attention_is_drawn_anew() -> None:
+    # torch names its method _reset_parameters there
+    mixture = MixedOperation({"attention": lambda: nn.MultiheadAttention(4, 2), "skip": nn.Identity})
+    nn.init.constant_(mixture.logits[:1], 1.0)
+    found = discretise(nn.Sequential(mixture), fresh=True)
+    assert not torch.equal(found[0].in_proj_weight, mixture.candidates["attention"].in_proj_weight)
 
 
 def test_a_network_that_the_weights_own_too_is_refused() -> None:
