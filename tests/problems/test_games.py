@@ -357,6 +357,7 @@ def test_the_attack_finds_the_worst_of_a_linear_model_and_leaves_no_gradient() -
         (lambda x, y: Perturbation(x, y[:3], radius=0.1), DataError, "24 inputs and 3 targets"),
         (lambda x, y: Perturbation(x, y, radius=0.1, norm="1"), ConfigError, r"value of Perturbation\.norm '1'"),
         (lambda x, y: Perturbation(x, y, radius=0.1, bounds=(0.0, 1.0)), ConfigError, r"out of bounds \(0\.0, 1\.0\)"),
+        (lambda x, y: Perturbation(x.half(), y, radius=0.1), ConfigError, "which float16 cannot hold"),
         (lambda x, y: Perturbation(x, y, radius=0.1, norm="2"), ConfigError, "norm='2' needs optimizer="),
         (
             lambda x, y: Perturbation(x, y, radius=0.1, norm="2", bounds=(-9.0, 9.0), optimizer=torch.optim.SGD),
@@ -391,6 +392,15 @@ def test_the_attack_finds_the_worst_of_a_linear_model_and_leaves_no_gradient() -
 def test_bad_input_is_refused(make: Callable[[Tensor, Tensor], Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         make(*examples(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, DOUBLE])
+def test_steps_are_signs_however_small_gradients_are(dtype: torch.dtype) -> None:
+    x, y = torch.zeros(1, 4, dtype=dtype), torch.zeros(1).long()
+    adversary = Perturbation(x, y, radius=0.25)
+    adversary.update([torch.tensor([[0.0, 1e-8, 1.0, -1.0]], dtype=dtype)], {})
+    expected = torch.tensor([[0.0, -0.0625, -0.0625, 0.0625]], dtype=dtype)
+    torch.testing.assert_close(adversary.module["delta"].detach(), expected)
 
 
 def test_a_missing_adversary_is_named() -> None:

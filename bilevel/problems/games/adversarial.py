@@ -48,7 +48,8 @@ class Perturbation(Constrained):
         settings: Those of :class:`Constrained`. ``norm="2"`` needs an optimizer.
 
     Raises:
-        ConfigError: A radius that is not positive, inputs out of bounds, bounds together with ``norm="2"``.
+        ConfigError: A radius that is not positive, inputs out of bounds, bounds together with ``norm="2"``, inputs in
+            float16 without an optimizer.
         DataError: Not as many targets as inputs.
 
     Memory: one δ for each input. Batches are indices of examples; None (no data) for all of them.
@@ -68,6 +69,11 @@ class Perturbation(Constrained):
         if len(inputs) != len(targets) or len(inputs) == 0:
             raise DataError(f"Perturbation: {len(inputs)} inputs and {len(targets)} targets, where as many are needed")
         allowed = _allowed(inputs, radius, norm, bounds)
+        if norm == "inf" and inputs.dtype == torch.float16 and "optimizer" not in settings:
+            raise ConfigError(
+                "Perturbation: steps of signed gradients need squares of gradients, which float16 cannot hold: keep "
+                "inputs in float32 or bfloat16 (EngineConfig(precision=...) computes in float16), or pass optimizer="
+            )
         if norm == "inf":  # Adam without memory: η sign(g)
             signed = lambda p: Adam(p, lr=radius / 4, betas=(0.0, 0.0), eps=1e-30)  # noqa: E731
             settings = {"optimizer": signed, "hypergradient": "identity", **settings}
