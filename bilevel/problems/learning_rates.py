@@ -76,7 +76,8 @@ class Paced(Tuned):
     round of updates the base b takes w, d becomes 0, and the optimiser starts anew (momentum included).
 
     So the rates enter the loss, and methods that follow the updates see them. No other can: the *solution* of the inner
-    problem does not depend on the rate that led to it, so the implicit derivative is zero.
+    problem does not depend on the rate that led to it, so the implicit derivative is zero. Nor can
+    :func:`~bilevel.hypergradcheck` judge it, whose references are the derivative of the solution.
 
     The model's own parameters become buffers, which hold w after every outer step: ``model(x)`` and its ``state_dict``
     are the trained model's; ``named_weights()`` has them too. What is loaded into the model is where the next round

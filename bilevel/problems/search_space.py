@@ -64,7 +64,7 @@ class MixedOperation(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """τ; it may be changed between steps."""
+        """τ; it may be changed between steps. A setting: no checkpoint holds it, so that a schedule sets it anew."""
         return self._temperature
 
     @temperature.setter
