@@ -21,7 +21,8 @@ class Config:
     soft: bool = True  # whether the labels are learned too
     num_test: int = 1000
     steps: int = 10  # of each training
-    learning_rate: float = 0.3
+    learning_rate: float = 0.5
+    learn_rate: bool = False  # whether a factor of it is learned too
     pixel_rate: float = 0.03  # of the images' own updates
     seed: int = 0
 
@@ -58,7 +59,7 @@ def build(config):
     recipe, digits = config.recipe, Digits(config.recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
     synthetic = SyntheticSet.sample(
-        *digits.train, recipe.per_class, generator=generator, learn_targets=recipe.soft, learn_rate=True
+        *digits.train, recipe.per_class, generator=generator, learn_targets=recipe.soft, learn_rate=recipe.learn_rate
     )
     images = Images(
         digits,

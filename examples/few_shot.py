@@ -16,6 +16,7 @@ from torch import nn
 
 from bilevel import ConjugateGradient, Engine, EngineConfig, OneStep, RunConfig, Unrolled
 from bilevel.problems import Adaptation, Episodes, MetaLearner, PrototypeMetaLearner
+from bilevel.validation import check_choice
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Config:
     device: str = "cpu"
 
 
-DEFAULTS = RunConfig(engine=EngineConfig(steps=100), hypergradient=Unrolled(), recipe=Config())
 ALGORITHMS = {  # the outer problem, and what the inner one is told
     "maml": (MetaLearner, {}),
     "first_order": (MetaLearner, {"hypergradient": OneStep(learning_rate=0, difference="central")}),
@@ -40,6 +40,7 @@ ALGORITHMS = {  # the outer problem, and what the inner one is told
     "meta_sgd": (partial(MetaLearner, learned_rates="*"), {}),
     "protomaml": (partial(PrototypeMetaLearner, head="head"), {}),
 }
+DEFAULTS = RunConfig(engine=EngineConfig(steps=100), hypergradient=Unrolled(), recipe=Config())
 
 
 @cache
@@ -47,12 +48,10 @@ def characters(folder):  # images and labels to learn from, and those of other c
     if not folder:
         x, y = (torch.as_tensor(part) for part in mnist_data())
         return [(x[part].float().reshape(-1, 1, 28, 28) / 255, y[part]) for part in (y < 5, y >= 5)]
-    found = []
-    for part in (1, 2):
-        with np.load(f"{folder}/background_small{part}.npz") as file:
-            ink, y = np.unpackbits(file["x"], axis=1, count=105 * 105), torch.from_numpy(file["y"]).long()
-        found.append((F.adaptive_avg_pool2d(torch.from_numpy(ink).float().reshape(-1, 1, 105, 105), 28), y))
-    return found
+    files = [np.load(f"{folder}/background_small{part}.npz") for part in (1, 2)]
+    ink = [np.unpackbits(file["x"], axis=1, count=105**2).reshape(-1, 1, 105, 105).astype("float32") for file in files]
+    images = [F.adaptive_avg_pool2d(torch.from_numpy(drawings), 28) for drawings in ink]
+    return [(x, torch.from_numpy(file["y"]).long()) for x, file in zip(images, files, strict=True)]
 
 
 def turned(images, labels):  # by 0, 90, 180 and 270 degrees, which makes four classes of one
@@ -70,6 +69,7 @@ def network(width=32, ways=5):
 
 def build(config):
     recipe, (train, test) = config.recipe, characters(config.recipe.data)
+    check_choice("recipe", "algorithm", recipe.algorithm, tuple(ALGORITHMS))
     tasks = Episodes(turned(*train), ways=5, shots=recipe.shots, queries=5, tasks=recipe.tasks, seed=recipe.seed)
     new = Episodes(test, ways=5, shots=recipe.shots, queries=5, tasks=20, seed=10**6)
     torch.manual_seed(recipe.seed)

@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from bilevel import Engine, EngineConfig, FiniteDifference
-from bilevel.config import RunConfig
+from bilevel import Engine, EngineConfig, FiniteDifference, RunConfig
+from bilevel.errors import ConfigError
 from bilevel.problems import ExampleWeights, Reweighted
 from bilevel.validation import check_choice
 
@@ -34,6 +34,8 @@ class Config:
 
     def __post_init__(self):
         check_choice("Config", "data", self.data, tuple(DATA))
+        if not 0.0 <= self.wrong < 1.0:
+            raise ConfigError(f"Config.wrong is a share of the labels, from 0 to below 1, not {self.wrong!r}")
 
 
 DEFAULTS = RunConfig(engine=EngineConfig(steps=50), hypergradient=FiniteDifference(), recipe=Config())

@@ -14,6 +14,7 @@ from torch import nn
 from bilevel import Engine, EngineConfig
 from bilevel.config import RunConfig
 from bilevel.problems import Hyperparameters, Tuned, WeightDecay
+from bilevel.validation import check_integer
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Config:
     num_validation: int = 200
     num_stopping: int = 100
     seed: int = 0
+
+    def __post_init__(self):
+        check_integer("Config", "others", self.others, minimum=0)
 
 
 DEFAULTS = RunConfig(engine=EngineConfig(steps=20), recipe=Config())

@@ -85,7 +85,7 @@ def _remarks(cell: Mapping[str, Any]) -> str:
     if stopped:
         remarks.append(f"stopped by time at {_number(median(run['cost'][-1] for run in runs))} gradients")
     if failed:
-        remarks.append(f"{100 * failed / steps:.2g} % of its solves reported a failure")
+        remarks.append(f"{100 * failed / steps:.0f} % of its solves reported a failure")
     return "; ".join(remarks)
 
 

@@ -196,7 +196,7 @@ def _trusted(budget: Budget, found: list[dict[str, Any]]) -> Table:
 
 def draw(study: Study, figure: Any) -> None:
     """Left: the weights that were found. Right: accuracies of all rows."""
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     rate = max(study.data["weights"], key=float)
     weights = study.data["weights"][rate]
     edges = [10 ** (-2.4 + 0.2 * step) for step in range(20)]
@@ -206,7 +206,8 @@ def draw(study: Study, figure: Any) -> None:
     left.set(
         xscale="log", xlabel="weight (mean 1)", ylabel="training examples", title=f"labels, {float(rate):.0%} wrong"
     )
-    left.legend(loc="upper right")
+    left.set_ylim(top=1.35 * left.get_ylim()[1])
+    left.legend(loc="upper center", ncols=2, fontsize="small", columnspacing=1.0, handlelength=1.0)
     for place, (rate, rows) in enumerate(study.data["rows"].items()):
         for height, values in enumerate(rows.values()):
             estimate = _percent([pair[0] for pair in values])

@@ -20,7 +20,7 @@ __all__ = ["Relabelled", "SoftLabels"]
 class SoftLabels(Validation):
     """The outer problem of label correction: a distribution over the classes for each training example.
 
-        min over λ of F(w*(λ)),      w*(λ) = argmin over w of (1/n) Σᵢ ℓ(w; xᵢ, softmax(λᵢ)) + δ/2 ‖w‖²
+        min over λ of F(w*(λ)),      w*(λ) = argmin over w of (1/n) Σᵢ ℓ(w; xᵢ, softmax(λᵢ)) + α/2 ‖w‖²
 
     F is the trained model's loss on examples whose labels are right (this problem's ``data``). The inner problem is
     :class:`Relabelled`. At the start every given label has the probability ``confidence``, and the other classes share
@@ -133,7 +133,7 @@ class Relabelled(Training):
         module: The model; with C outputs.
         labels: The name of the problem that holds the labels; None where the engine has one :class:`SoftLabels` only.
         criterion: ``(outputs, probabilities) -> scalar``; the cross-entropy by default.
-        weight_decay: δ of ``δ/2 ‖w‖²`` over the owned parameters.
+        weight_decay: α of ``α/2 ‖w‖²`` over the owned parameters.
         settings: Those of :class:`~bilevel.Problem`: optimizer, data, steps, ….
 
     Raises:

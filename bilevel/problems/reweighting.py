@@ -31,7 +31,7 @@ FORMS = ("sigmoid", "softmax")
 class ExampleWeights(Validation):
     """The outer problem of hyper-cleaning: one weight for each training example.
 
-        min over λ of F(w*(λ)),      w*(λ) = argmin over w of (1/n) Σᵢ sᵢ(λ) ℓ(w; xᵢ, yᵢ) + δ/2 ‖w‖²
+        min over λ of F(w*(λ)),      w*(λ) = argmin over w of (1/n) Σᵢ sᵢ(λ) ℓ(w; xᵢ, yᵢ) + α/2 ‖w‖²
 
     F is the trained model's loss on examples that can be trusted (this problem's ``data``), the weights are
     ``sᵢ = σ(λᵢ)``, each in (0, 1), or ``s = n softmax(λ)``, which have the mean 1. The inner problem is
@@ -145,7 +145,7 @@ class Reweighted(Training):
             :class:`ExampleWeights` only.
         criterion: ``(outputs, targets, reduction="none") -> one value an example``; the cross-entropy by default. Where
             it returns more (tokens, pixels), their mean is the example's loss.
-        weight_decay: δ of ``δ/2 ‖w‖²`` over the owned parameters. Unlike an optimiser's, it is part of the loss, so
+        weight_decay: α of ``α/2 ‖w‖²`` over the owned parameters. Unlike an optimiser's, it is part of the loss, so
             that hypergradients know of it.
         settings: Those of :class:`~bilevel.Problem`: optimizer, data, steps, ….
 

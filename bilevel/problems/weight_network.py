@@ -22,7 +22,7 @@ FORMS = ("integral", "product")
 class WeightNetwork(Validation):
     """The outer problem of Meta-Weight-Net: a function V of an example's loss, the same for all examples.
 
-        min over Θ of F(w*(Θ)),      w*(Θ) = argmin over w of (1/n) Σᵢ U(ℓ(w; xᵢ, yᵢ); Θ) + δ/2 ‖w‖²
+        min over Θ of F(w*(Θ)),      w*(Θ) = argmin over w of (1/n) Σᵢ U(ℓ(w; xᵢ, yᵢ); Θ) + α/2 ‖w‖²
 
     F is the trained model's loss on examples that can be trusted (this problem's ``data``). The inner problem is
     :class:`LossWeighted`, which says what U is. Against wrong labels V learns to fall with the loss, against rare
@@ -110,7 +110,7 @@ class LossWeighted(Training):
         nodes: Of the Gauss–Legendre rule for the integral, which is exact for polynomials V of degree
             ``2 nodes − 1``. For any number the rule is a loss with exact derivatives; more make its gradient closer to
             ``V(ℓᵢ) ∇ℓᵢ``.
-        weight_decay: δ of ``δ/2 ‖w‖²`` over the owned parameters.
+        weight_decay: α of ``α/2 ‖w‖²`` over the owned parameters.
         settings: Those of :class:`~bilevel.Problem`: optimizer, data, steps, ….
 
     Raises:
