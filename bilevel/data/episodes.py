@@ -150,6 +150,12 @@ class Episodes(_Numbered):
                     f"{queries} others to be judged by: lower shots or queries, or leave the class out with classes="
                 )
 
+    def shared_classes(self, other: object) -> tuple[int, ...]:
+        """Returns the classes that other episodes over the same examples (the same object) draw from too."""
+        if not isinstance(other, Episodes) or self._inputs is not other._inputs or self._dataset is not other._dataset:
+            return ()
+        return tuple(sorted({*self.classes} & {*other.classes}))
+
     def _draw(self, number: int) -> TaskBatch:
         generator = np.random.default_rng((self.seed, number))
         places = np.stack([self._sample(generator) for _ in range(self.tasks)])
@@ -256,13 +262,15 @@ def split_classes(labels: Sequence[int] | Tensor, *counts: int, seed: int = 0) -
         seed: Of the order.
 
     Raises:
-        ConfigError: More classes are asked for than there are.
+        ConfigError: More classes are asked for than there are, or no set of them.
 
     Example:
         >>> split_classes([0, 0, 1, 1, 2, 2, 3, 3], 2, 1, 1)
         ((0, 2), (1,), (3,))
     """
     present = np.unique(_numbers(labels))
+    if not counts:
+        raise ConfigError("split_classes: say how many classes each set is to have: split_classes(labels, 60, 20, 20)")
     for count in counts:
         _check_count("split_classes", "counts", count, 1)
     if sum(counts) > len(present):

@@ -9,10 +9,20 @@ from torch.utils.data import Dataset
 
 from bilevel.errors import DataError
 
-__all__ = ["Indexed"]
+__all__ = ["Indexed", "View"]
 
 
-class Indexed(Dataset[Any]):
+class View(Dataset[Any]):
+    """A data set whose example i is that of another one, with something added or changed.
+
+    So that :func:`~bilevel.data.shared_indices` looks through it.
+    """
+
+    dataset: Any
+    """The other one."""
+
+
+class Indexed(View):
     """A map-style data set whose examples ``(input, target, …)`` become ``(input, target, …, index)``.
 
     So that what is learned for each example can be found, however batches are drawn. Of a ``Subset``, the indices are

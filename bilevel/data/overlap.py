@@ -20,9 +20,9 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from bilevel.data.indexed import Indexed
+from bilevel.data.indexed import View
 
-__all__ = ["shared_examples", "shared_indices"]
+__all__ = ["DrawsAll", "shared_examples", "shared_indices"]
 
 _WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
 # Of a whole data set, however large, a range: nothing is written out that need not be.
@@ -30,12 +30,17 @@ _Indices = range | NDArray[np.int64]
 _Examples = dict[int, _Indices]  # by the identity of a data set: which of its examples may be drawn
 
 
+class DrawsAll:
+    """Marks a batch sampler that draws every example of its data set, sooner or later."""
+
+
 def shared_indices(first: object, second: object) -> list[int] | None:
     """Returns which examples two sources of data both draw from; nothing is iterated.
 
-    A source is a ``DataLoader`` or a map-style data set. ``Subset``, ``ConcatDataset`` and
-    :class:`~bilevel.data.Indexed` are looked through, torch's own samplers are known. Two sources have examples in
-    common where both lead to the *same* data set object: whether different objects hold equal examples, nothing says.
+    A source is a ``DataLoader`` or a map-style data set. ``Subset``, ``ConcatDataset``,
+    :class:`~bilevel.data.Indexed` and :class:`~bilevel.problems.Sources` are looked through, torch's own samplers are
+    known. Two sources have examples in common where both lead to the *same* data set object: whether different objects
+    hold equal examples, nothing says.
 
     Args:
         first: Where one problem's batches come from.
@@ -73,7 +78,7 @@ def shared_examples(first: object, second: object) -> _Indices | None:
 
 def _bases(source: object) -> set[int]:
     """Returns the identities of the data sets that a source leads to."""
-    if isinstance(source, (DataLoader, Indexed, Subset)):
+    if isinstance(source, (DataLoader, View, Subset)):
         return _bases(source.dataset)
     if isinstance(source, ConcatDataset):
         return set().union(*map(_bases, source.datasets))
@@ -94,9 +99,12 @@ def _drawn(loader: DataLoader[Any]) -> _Indices | None:
     if isinstance(loader.dataset, IterableDataset) or not _is_map_style(loader.dataset):
         return None
     sampler: Any = loader.sampler
-    if type(loader.batch_sampler) is BatchSampler:
-        sampler = loader.batch_sampler.sampler
-    elif loader.batch_sampler is not None:
+    batches: Any = loader.batch_sampler
+    if type(batches) is BatchSampler:
+        sampler = batches.sampler
+    elif isinstance(batches, DrawsAll):
+        return _every(loader.dataset)
+    elif batches is not None:
         return None  # the user's own
     if isinstance(sampler, SubsetRandomSampler):
         return _integers(sampler.indices)
@@ -109,7 +117,7 @@ def _located(dataset: Any, drawn: _Indices | None) -> _Examples | None:
     """Follows indices through views of data sets to those that hold the examples."""
     if drawn is None:
         return None
-    if isinstance(dataset, Indexed):
+    if isinstance(dataset, View):
         return _located(dataset.dataset, drawn)
     if isinstance(dataset, Subset):
         places = _integers(dataset.indices)

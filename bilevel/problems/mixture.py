@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset, Sampler
 
+from bilevel.data.indexed import View
+from bilevel.data.overlap import DrawsAll
 from bilevel.errors import ConfigError, DataError
 from bilevel.problems.supervised import Training, Validation, batch_parts, counterpart
 from bilevel.validation import check_integer, check_number
@@ -17,7 +19,7 @@ from bilevel.validation import check_integer, check_number
 __all__ = ["BalancedBatches", "DomainWeights", "Mixture", "Sources"]
 
 
-class Sources(Dataset[Any]):
+class Sources(View):
     """Several named data sets as one, whose examples say where they come from: ``(inputs, targets, source)``.
 
     Args:
@@ -35,6 +37,7 @@ class Sources(Dataset[Any]):
         if empty:
             raise DataError(f"sources without examples: {', '.join(empty)}. Leave them out")
         self.datasets = dict(sets)
+        self.dataset = ConcatDataset(sets.values())
         self.names = tuple(sets)
         self.sizes = {name: len(one) for name, one in sets.items()}
         """Examples of each source."""
@@ -70,7 +73,7 @@ class Sources(Dataset[Any]):
         return torch.tensor(shares, dtype=torch.float64)[self.ids] / torch.tensor(list(self.sizes.values()))[self.ids]
 
 
-class BalancedBatches(Sampler[list[int]]):
+class BalancedBatches(Sampler[list[int]], DrawsAll):
     """Batches with the same number of examples of every source, for ``DataLoader(…, batch_sampler=…)``.
 
     In an epoch the largest source is seen once; smaller ones begin again, in a new order, as often as needed. A large

@@ -193,6 +193,7 @@ class Words(Noisy):
         (lambda: small(data=Words())[0], DataError, "must be tensors or numbers; they are str"),
         (lambda: small()[-1], IndexError, "numbered from 0"),
         (lambda: split_classes([0, 1, 2], 2, 2), ConfigError, "4 classes are asked for, and there are 3"),
+        (lambda: split_classes([0, 1, 2]), ConfigError, "say how many classes each set is to have"),
         (lambda: split_classes([0, 1, 2], 0), ConfigError, "counts must be an integer of at least 1"),
         (lambda: FunctionEpisodes(lambda g: (torch.zeros(1),), 2)[0], DataError, "must return four tensors"),  # type: ignore[arg-type, return-value]
         (lambda: FunctionEpisodes(uneven, 8)[0], DataError, "draw as many examples for each"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bilevel import ConjugateGradient, Engine, EngineConfig, Neumann, Unrolled, hypergradcheck
 from bilevel.errors import (
+    BilevelWarning,
     ConfigError,
     DataError,
     GraphError,
@@ -625,6 +626,16 @@ def test_more_classes_than_outputs_are_refused(vectorized: bool) -> None:
     running = engine_of(held_out=wide, vectorized=vectorized)
     with pytest.raises(DataError, match=f"the class {WAYS + 1}, and the network {WAYS} outputs"):
         running.evaluate()
+
+
+def test_held_out_tasks_of_classes_that_are_trained_on_are_warned_about() -> None:
+    data = torch.randn(80, 5, dtype=DOUBLE), torch.arange(80) % 8
+    draw = lambda classes, seed: Episodes(data, WAYS, SHOTS, QUERIES, TASKS, classes=classes, seed=seed)  # noqa: E731
+    train = draw(range(5), 0)
+    with pytest.warns(BilevelWarning, match=r"'adaptation' have classes that it is trained on, 2 of them \(3, 4\)"):
+        engine_of(tasks=train, held_out=draw(range(3, 8), 1))
+    engine_of(tasks=train, held_out=draw(range(5, 8), 0))
+    engine_of(tasks=train, held_out=episodes())  # other examples, of which nothing is known
 
 
 def test_a_head_with_more_outputs_than_classes_has_no_prototypes() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
 from bilevel import Engine, EngineConfig, hypergradcheck
-from bilevel.data import BatchStream
-from bilevel.errors import ConfigError, DataError, GraphError
+from bilevel.data import BatchStream, shared_indices
+from bilevel.errors import BilevelWarning, ConfigError, DataError, GraphError
 from bilevel.hypergrad import available_methods
 from bilevel.problems.mixture import BalancedBatches, DomainWeights, Mixture, Sources
 from bilevel.problems.supervised import Training
@@ -262,6 +262,22 @@ def test_sources_say_where_examples_come_from():
     assert sources.rates() == {"small": 3 / 18, "large": 10 / 18, "middle": 5 / 18}
     with pytest.raises(DataError, match="sources without examples: b"):
         Sources({"a": TensorDataset(torch.zeros(1)), "b": TensorDataset(torch.zeros(0))})
+
+
+def test_a_target_that_a_source_holds_is_warned_about():
+    first, second = (TensorDataset(torch.randn(12, 1), torch.randn(12, 1)) for _ in range(2))
+    sources = Sources({"a": first, "b": second})
+    assert shared_indices(Subset(first, range(8)), sources) == list(range(8))
+    assert shared_indices(Subset(second, range(3)), Subset(sources, range(14))) == [0, 1]
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    target = DataLoader(Subset(first, range(8)), batch_size=4)
+    for loader in (
+        DataLoader(sources, batch_sampler=BalancedBatches(sources.ids, 2)),
+        DataLoader(sources, batch_size=24),
+    ):
+        mixture = Mixture(nn.Linear(1, 1), criterion=mean_square, data=loader, optimizer=sgd)
+        with pytest.warns(BilevelWarning, match="'domain_weights' and 'mixture' draw the same examples, 8 of them"):
+            Engine([DomainWeights(["a", "b"], data=target, optimizer=sgd), mixture], QUIET, "identity")
 
 
 def test_balanced_batches_hold_every_source_and_show_the_largest_once():

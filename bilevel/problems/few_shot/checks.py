@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from bilevel.data.episodes import TaskBatch, TaskSource
-from bilevel.errors import ConfigError, DataError, ParameterError
+from bilevel.data.episodes import Episodes, TaskBatch, TaskSource
+from bilevel.errors import BilevelWarning, ConfigError, DataError, ParameterError
 from bilevel.problems.base import Problem
 from bilevel.validation import check_integer, check_number
 
-__all__ = ["batch_of", "check_settings", "refuse_data", "refuse_running_statistics", "refuse_settings"]
+__all__ = [
+    "batch_of",
+    "check_settings",
+    "refuse_data",
+    "refuse_running_statistics",
+    "refuse_settings",
+    "warn_of_shared_classes",
+]
 
 
 def batch_of(source: TaskSource | Sequence[TaskBatch], number: int, name: str) -> TaskBatch:
@@ -54,6 +62,20 @@ def refuse_settings(problem: Problem, *fields: str) -> None:
         if value != usual[field]:
             remedy = "draw more tasks a batch" if field == "accumulate" else "every step adapts to tasks of its own"
             raise ConfigError(f"problem {problem.name!r} takes no {field}, and was given {value!r}: {remedy}")
+
+
+def warn_of_shared_classes(name: str, tasks: object, held_out: object) -> None:
+    """Warns of held-out tasks of classes that are trained on."""
+    shared = tasks.shared_classes(held_out) if isinstance(tasks, Episodes) else ()
+    if shared:
+        few = ", ".join(map(str, shared[:3])) + (", …" if len(shared) > 3 else "")
+        warnings.warn(
+            f"the held-out tasks of problem {name!r} have classes that it is trained on, {len(shared)} of them "
+            f"({few}): evaluate() then does not say how new classes are learned. Give them others, as split_classes "
+            "makes them",
+            BilevelWarning,
+            stacklevel=3,
+        )
 
 
 def check_settings(

@@ -21,6 +21,7 @@ from bilevel.problems.few_shot.checks import (
     refuse_data,
     refuse_running_statistics,
     refuse_settings,
+    warn_of_shared_classes,
 )
 from bilevel.problems.few_shot.stacked import (
     Displacements,
@@ -190,7 +191,7 @@ class Adaptation(Problem):
         chunk_size: How many tasks to evaluate together; None for all. Smaller chunks take less memory.
         vectorized: Whether to evaluate tasks together, by ``torch.func.vmap``. False is for networks that cannot be:
             control flow that depends on values, operations without a batching rule.
-        held_out: Tasks of other classes, on which :meth:`evaluate` reports.
+        held_out: Tasks of other classes, on which :meth:`evaluate` reports (warned about where they are not).
         held_out_batches: How many batches of them.
         held_out_steps: The steps taken there; ``steps`` by default. More are allowed.
         meta_learner: The name of the outer problem; None where the engine has one only.
@@ -233,6 +234,7 @@ class Adaptation(Problem):
         refuse_running_statistics(name, network)
         self.network = network
         self.source, self.held_out = tasks, held_out
+        warn_of_shared_classes(name, tasks, held_out)
         self.num_tasks = len(batch_of(tasks, 0, name).support_targets)
         module = Displacements({key: _zeros(self.num_tasks, value) for key, value in adapting.items()})
         super().__init__(module, optimizer=optimizer, reset="initial", **settings)
