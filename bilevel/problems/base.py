@@ -293,10 +293,20 @@ class Problem(ABC):
             raise ConfigError(f"problem {self.name!r} has no optimizer and cannot be stepped: pass optimizer=")
         self.stepper.update(gradients, values)
         if self.projects:
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters, self.project(self.parameters), strict=True):
-                    parameter.copy_(value)
+            self._put_projected()
         self.num_updates += 1
+
+    @torch.no_grad()
+    def _put_projected(self) -> None:
+        projected = tuple(self.project(self.parameters))
+        shapes, own = ([tuple(part.shape) for part in parts] for parts in (projected, self.parameters))
+        if shapes != own:
+            raise ParameterError(
+                f"project() of problem {self.name!r} must return as many tensors of the same shapes as it was given, "
+                f"{own}, and returned {shapes}"
+            )
+        for parameter, value in zip(self.parameters, projected, strict=True):
+            parameter.copy_(value)
 
 
 def select_parameters(name: str, module: nn.Module, selection: ParameterSelection | None) -> dict[str, nn.Parameter]:

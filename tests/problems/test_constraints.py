@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bilevel import Engine, EngineConfig, Problem, hypergradcheck
-from bilevel.errors import ConfigError, LossError, UnknownNameError
+from bilevel.errors import ConfigError, LossError, ParameterError, UnknownNameError
 from bilevel.hypergrad import available_methods
 from bilevel.problems import Validation
 from bilevel.problems.constraints import Ball, Box, Constrained, ConstrainedTraining, Constraint, Simplex
@@ -561,6 +561,22 @@ def test_a_projection_of_ones_own_is_part_of_updates_as_of_what_is_differentiate
     found.step()
     assert bool((inner.module["w"].detach().abs() == 0.1).all())  # all are held, so that none responds
     assert torch.allclose(found.hypergradient().grad["lam"], lam)
+
+
+def test_a_projection_of_other_shapes_is_refused() -> None:
+    class Mean(Lower):
+        def project(self, values: Any) -> Any:
+            return tuple(value.mean() for value in super().project(values))
+
+    with pytest.raises(ParameterError, match=r"as it was given, \[\(4,\)\], and returned \[\(\)\]"):
+        Mean(torch.zeros(4).double(), *data(3)[:3], Box(-0.4, 0.6))
+
+    class Fewer(Upper):
+        def project(self, values: Any) -> Any:
+            return values[1:]
+
+    with pytest.raises(ParameterError, match=r"'outer' must return as many tensors.*\[\(3,\)\], and returned \[\]"):
+        Fewer(torch.zeros(3), torch.zeros(4)).update([torch.ones(3)], {})
 
 
 def test_parameters_whose_names_differ_in_a_dot_have_faces_of_their_own() -> None:

@@ -90,9 +90,7 @@ class Constrained(Problem):
             face = self.constraints[name].face(parameter.detach())
             # Kept with the model, so that checkpoints hold it, but not among what a user saves of it.
             module.register_buffer(_buffer(name), face, persistent=False)
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, self.project(self.parameters), strict=True):
-                parameter.copy_(value)
+        self._put_projected()
         if self.initial is not None:
             self.initial = tuple(p.detach().clone() for p in self.parameters)
         self._guards: list[RemovableHandle] = []
@@ -135,8 +133,7 @@ class Constrained(Problem):
         with torch.no_grad():
             for name, parameter in self._constrained(self.parameters):
                 self._face(name).copy_(self.constraints[name].face(parameter))
-            for parameter, value in zip(self.parameters, self.project(self.parameters), strict=True):
-                parameter.copy_(value)
+        self._put_projected()
         self.num_updates += 1
         return None
 
