@@ -34,8 +34,8 @@ class SyntheticSet(nn.Module):
             to the solution of the inner problem: implicit methods give it the derivative 0. Use ``unrolled``.
 
     Raises:
-        DataError: No examples, another number of targets than of inputs, or classes that are not in
-            ``[0, num_classes)``.
+        DataError: No examples, another number of targets than of inputs, inputs that are no real numbers, or classes
+            that are not in ``[0, num_classes)``.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class SyntheticSet(nn.Module):
                 f"synthetic examples need as many targets as inputs, and one at least; got {len(inputs)} inputs and "
                 f"{len(targets)} targets"
             )
+        if not inputs.is_floating_point():
+            raise DataError(f"synthetic inputs are learned and must be floating-point numbers, not {inputs.dtype}")
         self.inputs = nn.Parameter(inputs.detach().clone())
         self.soft = learn_targets and not targets.is_floating_point()
         if self.soft:

@@ -277,6 +277,11 @@ def test_batches_are_of_indices():
         (lambda: SyntheticSet.sample(*real(), 21), DataError, "class 0 has 20: lower per_class"),
         (lambda: SyntheticSet.sample(*real(), 0), ConfigError, "per_class must be an integer of at least 1"),
         (lambda: SyntheticSet(torch.zeros(2, 1), torch.zeros(3)), DataError, "2 inputs and 3 targets"),
+        (
+            lambda: SyntheticSet(torch.zeros(2, 1).byte(), torch.zeros(2)),
+            DataError,
+            "floating-point numbers, not torch.u",
+        ),
         (lambda: SyntheticSet(torch.zeros(0, 1), torch.zeros(0)), DataError, "0 inputs and 0 targets"),
         (
             lambda: SyntheticSet(torch.zeros(2, 1), torch.tensor([0, 5]), learn_targets=True, num_classes=5),

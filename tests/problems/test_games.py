@@ -403,6 +403,19 @@ def test_steps_are_signs_however_small_gradients_are(dtype: torch.dtype) -> None
     torch.testing.assert_close(adversary.module["delta"].detach(), expected)
 
 
+def test_an_adversary_that_would_answer_an_earlier_model_is_refused() -> None:
+    problems = list(robust().problems.values())
+    upper, other, training, adversary = problems
+    with pytest.raises(GraphError, match="list 'validation_adversary' before 'adversarial_training'"):
+        Engine([upper, training, other, adversary], QUIET, "identity")
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([0, 24]), torch.tensor([-1]), torch.tensor([0.0])])
+def test_perturbations_of_examples_that_there_are_not_are_refused(indices: Tensor) -> None:
+    with pytest.raises(DataError, match="24 examples|tensor of integers"):
+        Perturbation(*examples(0), radius=0.1).perturbed(indices)
+
+
 def test_a_missing_adversary_is_named() -> None:
     model = nn.Linear(4, 2).double()
     upper = RobustValidation(model, data=[examples(1)])

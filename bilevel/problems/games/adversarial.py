@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from bilevel.errors import ConfigError, DataError, ParameterError
+from bilevel.errors import ConfigError, DataError, GraphError, ParameterError
 from bilevel.problems.base import Problem
 from bilevel.problems.constraints import Ball, Box, Constrained, Constraint
+from bilevel.problems.reweighting import check_indices
 from bilevel.problems.supervised import Criterion, Training, Validation, batch_parts, counterpart
 from bilevel.validation import check_choice, check_integer, check_number
 
@@ -84,11 +85,16 @@ class Perturbation(Constrained):
         self.inputs, self.targets, self.victim_name = inputs, targets, victim
 
     def perturbed(self, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns ``x + δ`` and the targets: of all examples, or of those with the given indices."""
+        """Returns ``x + δ`` and the targets: of all examples, or of those with the given indices.
+
+        Raises:
+            DataError: An index that no example has.
+        """
         delta = _held(self, "delta")
         inputs, targets = self.inputs.to(delta), self.targets.to(delta.device)
         if indices is None:
             return inputs + delta, targets
+        check_indices(self.name, indices, len(inputs))
         return inputs[indices] + delta[indices], targets[indices]
 
     def loss(self, batch: Any) -> Tensor:
@@ -168,6 +174,7 @@ class RobustValidation(Validation):
     Raises:
         ConfigError: A share or a weight that is no share, or a decay that is not positive.
         ParameterError: A model without trainable parameters.
+        GraphError: An engine that lists the model before this problem's adversary.
 
     Example::
 
@@ -178,7 +185,7 @@ class RobustValidation(Validation):
             Perturbation(*held_out, radius=0.1, name="validation_adversary", steps=8),
             AdversarialTraining(model, data=[train], optimizer=sgd, steps=20),
             Perturbation(*train, radius=0.1, name="adversary", steps=2),
-        ], hypergradient="conjugate_gradient")
+        ], hypergradient="minres")
 
     Sources: Zhang et al., "Revisiting and advancing fast adversarial training through the lens of bi-level
     optimization", ICML 2022 (arXiv 2112.12376), for the attack as an inner problem; Pang et al., ICLR 2021 (arXiv
@@ -209,6 +216,17 @@ class RobustValidation(Validation):
         logit = torch.full((), math.log(share / (1 - share)), dtype=like.dtype, device=like.device)
         super().__init__(nn.ParameterDict({"decay": rho, "share": logit}), **settings)
         self.weight, self.adversary_name = weight, adversary
+
+    def attach(self, siblings: Mapping[str, Problem]) -> None:
+        """Compares the order of adversary and model."""
+        super().attach(siblings)
+        order = list(siblings)
+        adversary, training = counterpart(self, Perturbation, self.adversary_name), self.trained()
+        if order.index(adversary.name) > order.index(training.name):
+            raise GraphError(
+                f"list {adversary.name!r} before {training.name!r}: problems of one depth are updated the last listed "
+                f"first, and {adversary.name!r} is to answer the model that {self.name!r} judges"
+            )
 
     def share(self) -> Tensor:
         """Returns π."""
