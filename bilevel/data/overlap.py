@@ -167,7 +167,7 @@ def _chosen(places: _Indices, drawn: _Indices) -> _Indices | None:
     """Returns the places with the given indices; None where there are none of some."""
     if isinstance(drawn, range) and drawn == range(len(places)):
         return places
-    wanted = np.asarray(drawn)
+    wanted = np.asarray(drawn, dtype=np.int64)
     if len(wanted) and not -len(places) <= wanted.min() <= wanted.max() < len(places):
         return None
     if isinstance(places, range):
@@ -190,7 +190,7 @@ def _intersection(one: _Indices, other: _Indices) -> _Indices:
 def _union(one: _Indices, other: _Indices) -> _Indices:
     if isinstance(one, range) and isinstance(other, range) and one == other:
         return one
-    return _sorted(np.concatenate([one, other]))
+    return _sorted(np.concatenate([np.asarray(part, dtype=np.int64) for part in (one, other)]))
 
 
 def _sorted(indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
@@ -128,6 +128,54 @@ def test_samplers_say_what_they_draw() -> None:
     assert shared_indices(DataLoader(data, batch_sampler=batched), DataLoader(data)) == [4, 5]
     ranks = DistributedSampler(data, num_replicas=2, rank=0)  # the other rank draws the rest
     assert shared_indices(DataLoader(data, sampler=ranks), DataLoader(data)) == list(range(SIZE))
+
+
+class Keyed(Dataset[Any]):
+    """Examples that say which data set they are of, and where in it."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < 4:
+            raise IndexError(index)
+        return self.key, index
+
+
+KEYED = [Keyed(0), Keyed(1)]
+
+
+def part_of(data: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    @st.composite
+    def subset(draw: Any) -> Any:
+        base = draw(data)
+        if draw(st.booleans()):
+            start = draw(st.integers(0, len(base)))
+            return Subset(base, range(start, draw(st.integers(start, len(base)))))  # type: ignore[arg-type]
+        return Subset(base, draw(st.lists(st.integers(0, len(base) - 1), max_size=4)) if len(base) else [])
+
+    return subset()
+
+
+NESTED: st.SearchStrategy[Any] = st.recursive(
+    st.sampled_from(KEYED),
+    lambda inner: part_of(inner) | st.lists(inner, min_size=1, max_size=3).map(ConcatDataset),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(first=NESTED, second=NESTED)
+def test_any_nesting_is_followed_to_what_is_drawn(first: Any, second: Any) -> None:
+    one, other = ({source[place] for place in range(len(source))} for source in (first, second))
+    shared: dict[int, list[int]] = {}
+    for key, place in sorted(one & other):
+        shared.setdefault(key, []).append(place)
+    found = shared_indices(first, second)
+    assert found in shared.values() if shared else not found
 
 
 def test_parts_of_a_concatenation_are_found() -> None:
