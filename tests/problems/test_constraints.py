@@ -99,6 +99,10 @@ def test_a_zero_vector_in_a_ball_has_a_derivative() -> None:
         (lambda: Box("low"), r"Box\.lower must be a number, a tensor or None, not str"),  # type: ignore[arg-type]
         (lambda: Box(torch.zeros(2), torch.ones(3)), r"do not broadcast"),
         (lambda: Simplex(0.0), r"Simplex\.total must be a finite number above 0"),
+        (lambda: Box(torch.zeros(2, requires_grad=True)), r"Box\.lower requires gradients.*lower\.detach\(\)"),
+        (lambda: Simplex(dim=(0, 1)), r"Simplex\.dim must be a dimension or None, not \(0, 1\)"),  # type: ignore[arg-type]
+        (lambda: Ball(1.0, dim=()), r"Ball\.dim must be a dimension, several.*not \(\)"),
+        (lambda: Ball(1.0, dim="a"), r"Ball\.dim .*not 'a'"),  # type: ignore[arg-type]
         (lambda: Box(lower=float("inf")), "Box is infeasible: lower is inf in 1 of 1"),
         (lambda: Box(upper=torch.tensor([0.0, -float("inf")])), "Box is infeasible: upper is -inf in 1 of 2"),
         (lambda: Simplex(-1.0), r"Simplex\.total"),
@@ -628,6 +632,15 @@ def test_activation_checkpointing_is_refused_where_it_would_be_wrong_and_nowhere
         classification("conjugate_gradient", Box(-0.2, 0.2), model, steps=1).step()
     gc.collect()
     train()  # the problem is gone, and its hooks with it
+
+
+def test_a_copy_of_the_model_is_checkpointed_as_one_likes() -> None:
+    model, x = nn.Linear(3, 2).double(), torch.randn(5, 3, dtype=DOUBLE)
+    running = classification("conjugate_gradient", Box(-0.2, 0.2), model, steps=1)
+    running.step()
+    with pytest.raises(LossError, match="activation checkpointing"):
+        checkpoint(model, x, use_reentrant=False).sum().backward()
+    checkpoint(copy.deepcopy(model), x, use_reentrant=False).sum().backward()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

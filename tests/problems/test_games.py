@@ -403,6 +403,13 @@ def test_steps_are_signs_however_small_gradients_are(dtype: torch.dtype) -> None
     torch.testing.assert_close(adversary.module["delta"].detach(), expected)
 
 
+def test_examples_of_one_number_have_a_ball_each() -> None:
+    sgd = lambda p: torch.optim.SGD(p, lr=10.0)  # noqa: E731
+    adversary = Perturbation(torch.zeros(2), torch.zeros(2), radius=1.0, norm="2", optimizer=sgd)
+    adversary.update([torch.tensor([-3.0, 4.0])], {})
+    assert adversary.module["delta"].tolist() == [1.0, -1.0]
+
+
 def test_an_adversary_that_would_answer_an_earlier_model_is_refused() -> None:
     problems = list(robust().problems.values())
     upper, other, training, adversary = problems

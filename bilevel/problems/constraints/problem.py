@@ -150,8 +150,9 @@ class Constrained(Problem):
         """Refuses, for as long as there is this problem, that the module is evaluated again in a backward pass."""
         if self._guards:
             return
-        hook = functools.partial(_refuse_recomputation, self.name)
-        self._guards.extend(part.register_forward_pre_hook(hook) for part in self.module.modules())
+        for part in self.module.modules():
+            hook = functools.partial(_refuse_recomputation, self.name, id(part))
+            self._guards.append(part.register_forward_pre_hook(hook))
         weakref.finalize(self, _remove, self._guards)
 
     def _constrained(self, values: Tensors) -> list[tuple[str, Tensor]]:
@@ -225,8 +226,9 @@ def _remove(guards: list[RemovableHandle]) -> None:
         guards.pop().remove()
 
 
-def _refuse_recomputation(name: str, module: nn.Module, arguments: Any) -> None:
-    if torch._C._current_graph_task_id() != -1:  # within a backward pass
+def _refuse_recomputation(name: str, guarded: int, module: nn.Module, arguments: Any) -> None:
+    """Raises within a backward pass of the guarded module; a copy, which has the hook too, is no one's business."""
+    if torch._C._current_graph_task_id() != -1 and id(module) == guarded:
         raise LossError(
             f"the module of problem {name!r} uses activation checkpointing, which evaluates again in a backward pass "
             "with the parameters themselves, and not with their places on the face of the constraints: leave the "

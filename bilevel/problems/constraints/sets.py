@@ -71,8 +71,8 @@ class Box(Constraint):
         upper: Likewise.
 
     Raises:
-        ConfigError: No bound at all, a NaN, or an empty set: ``lower > upper`` somewhere, a lower bound of ∞ or an
-            upper one of −∞.
+        ConfigError: No bound at all, a NaN, a bound that requires gradients, or an empty set: ``lower > upper``
+            somewhere, a lower bound of ∞ or an upper one of −∞.
 
     Example:
         >>> Box(0.0, 1.0).project(torch.tensor([-0.5, 0.25, 3.0]))
@@ -125,7 +125,7 @@ class Simplex(Constraint):
         dim: Along which dimension; None for all elements together.
 
     Raises:
-        ConfigError: ``total`` is not positive: the set is empty, or a single point.
+        ConfigError: ``total`` is not positive: the set is empty, or a single point; a ``dim`` that is no dimension.
 
     Example:
         >>> Simplex().project(torch.tensor([0.5, 0.75, -1.0]))
@@ -134,6 +134,8 @@ class Simplex(Constraint):
 
     def __init__(self, total: float = 1.0, dim: int | None = None) -> None:
         check_number("Simplex", "total", total, minimum=0.0, exclusive=True)
+        if dim is not None and not _is_dimension(dim):
+            raise ConfigError(f"Simplex.dim must be a dimension or None, not {dim!r}")
         self.total, self.dim = total, dim
 
     def face(self, values: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ class Ball(Constraint):
         dim: Over which dimensions norms are taken (``dim=1``: every row of a matrix has its own ball); None for all.
 
     Raises:
-        ConfigError: ``radius`` is not positive: the set is empty, or a single point.
+        ConfigError: ``radius`` is not positive: the set is empty, or a single point; a ``dim`` that names no dimension.
 
     Example:
         >>> Ball(1.0).project(torch.tensor([3.0, 4.0]))
@@ -183,7 +185,10 @@ class Ball(Constraint):
     def __init__(self, radius: float, dim: int | Sequence[int] | None = None) -> None:
         check_number("Ball", "radius", radius, minimum=0.0, exclusive=True)
         self.radius = radius
-        self.dim = dim if dim is None or isinstance(dim, int) else tuple(dim)
+        dims = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+        if dim is not None and not (dims and all(map(_is_dimension, dims))):
+            raise ConfigError(f"Ball.dim must be a dimension, several, or None for all, not {dim!r}")
+        self.dim = dim if dim is None or isinstance(dim, int) else dims
 
     def face(self, values: Tensor) -> Tensor:
         """Returns 1 for a group on the sphere, 0 for one within."""
@@ -216,6 +221,10 @@ class Ball(Constraint):
         return f"Ball(radius={self.radius:g}, dim={self.dim})"
 
 
+def _is_dimension(dim: object) -> bool:
+    return isinstance(dim, int) and not isinstance(dim, bool)
+
+
 def _wide(values: Tensor) -> Tensor:
     """Returns values in float32 at least: sums over many elements are none in half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
@@ -224,6 +233,8 @@ def _wide(values: Tensor) -> Tensor:
 def _bound(field: str, value: float | Tensor | None, default: float) -> Tensor:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float, Tensor))):
         raise ConfigError(f"Box.{field} must be a number, a tensor or None, not {type(value).__name__}")
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ConfigError(f"Box.{field} requires gradients, and bounds are constants: pass {field}.detach()")
     bound = (
         value if isinstance(value, Tensor) else torch.tensor(default if value is None else value, dtype=torch.float64)
     )

@@ -334,7 +334,7 @@ def _allowed(inputs: Tensor, radius: float, norm: str, bounds: Bounds | None) ->
     if norm == "2":
         if bounds is not None:
             raise ConfigError("Perturbation: bounds go with norm='inf' only, where both together are a box")
-        return Ball(radius, dim=tuple(range(1, inputs.dim())))
+        return Ball(radius, dim=tuple(range(1, inputs.dim()))) if inputs.dim() > 1 else Box(-radius, radius)
     if bounds is None:
         return Box(-radius, radius)
     low, high = bounds
