@@ -66,9 +66,10 @@ class ExampleWeights(Validation):
         >>> import torch
         >>> from bilevel import Engine, EngineConfig
         >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
+        >>> trusted = torch.randn(10, 3), torch.randint(0, 2, (10,))
         >>> engine = Engine(
         ...     [
-        ...         ExampleWeights(40, data=[(x, y)], optimizer=lambda params: torch.optim.Adam(params, lr=0.1)),
+        ...         ExampleWeights(40, data=[trusted], optimizer=lambda params: torch.optim.Adam(params, lr=0.1)),
         ...         Reweighted(
         ...             nn.Linear(3, 2),
         ...             weight_decay=0.01,

@@ -47,9 +47,10 @@ class WeightNetwork(Validation):
         >>> import torch
         >>> from bilevel import Engine, EngineConfig
         >>> x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
+        >>> trusted = torch.randn(10, 3), torch.randint(0, 2, (10,))
         >>> engine = Engine(
         ...     [
-        ...         WeightNetwork(data=[(x, y)], optimizer=lambda params: torch.optim.Adam(params, lr=0.01)),
+        ...         WeightNetwork(data=[trusted], optimizer=lambda params: torch.optim.Adam(params, lr=0.01)),
         ...         LossWeighted(
         ...             nn.Linear(3, 2), data=[(x, y)], optimizer=lambda params: torch.optim.SGD(params, lr=0.5)
         ...         ),
