@@ -85,7 +85,8 @@ class Episodes(_Numbered):
     from and ``queries`` others to be judged by. Every class and every example is equally likely, no class and no
     example occurs twice within a task, and examples stand class after class.
 
-    ``episodes[i]`` follows from the seed and ``i`` alone, so that nothing needs to be saved to go on from there.
+    ``episodes[i]`` follows from the seed and ``i`` alone, so that nothing needs to be saved to go on from there. The
+    last batches are kept: do not change their tensors in place.
 
     Args:
         data: Inputs and labels as two tensors ``(n, …)`` and ``(n,)``, or a map-style data set whose items are
