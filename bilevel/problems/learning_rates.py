@@ -77,7 +77,8 @@ class Paced(Tuned):
 
     So the rates enter the loss, and methods that follow the updates see them. No other can: the *solution* of the inner
     problem does not depend on the rate that led to it, so the implicit derivative is zero. Nor can
-    :func:`~bilevel.hypergradcheck` judge it, whose references are the derivative of the solution.
+    :func:`~bilevel.hypergradcheck` judge the rates after few updates, for its references are the derivative of the
+    solution: with so many that they arrive there, both are zero.
 
     The model's own parameters become buffers, which hold w after every outer step: ``model(x)`` and its ``state_dict``
     are the trained model's; ``named_weights()`` has them too. What is loaded into the model is where the next round

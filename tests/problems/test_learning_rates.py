@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bilevel import Engine, EngineConfig
+from bilevel import Engine, EngineConfig, hypergradcheck
 from bilevel.errors import ConfigError, GraphError, NonFiniteError, ParameterError, UnknownNameError
 from bilevel.hypergrad import available_methods
 from bilevel.problems.hyperparameters import Hyperparameters, LabelSmoothing, Noise, Tuned, WeightDecay
@@ -340,6 +340,21 @@ def test_the_derivative_of_the_solution_is_zero() -> None:
     engine.step()
     found = engine.hypergradient()
     assert abs(float(found.grad["rate.log.all"])) < 1e-9 < abs(float(found.direct["rate.log.all"]))
+
+
+@pytest.mark.parametrize("reference", ["exact", "central_difference"])
+def test_updates_that_arrive_have_the_hypergradient_of_the_solution(reference: Any) -> None:
+    """Of the decays it is the implicit derivative, of the rates zero: the displaced problem is checked."""
+    model = nn.Linear(5, 3).double()
+    decay = WeightDecay(model, per="tensor", initial=0.1)
+    outer, inner = problems(model, sgd(1.0), "tensor", steps=400, outer_optimizer=sgd(0.0), decay=decay)
+    engine = Engine([outer, inner], QUIET)
+    engine.step()
+    report = hypergradcheck(engine, reference=reference, rtol=1e-5)
+    assert report.passed, report
+    few = Engine(list(problems(nn.Linear(5, 3).double(), sgd(1.0), "tensor", steps=2, outer_optimizer=sgd(0.0))), QUIET)
+    few.step()
+    assert not hypergradcheck(few, rtol=1e-2).passed  # after few updates the rates matter, and the check says no
 
 
 def test_what_makes_no_sense_is_refused() -> None:
