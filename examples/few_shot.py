@@ -49,14 +49,14 @@ def characters(folder):  # images and labels to learn from, and those of other c
         x, y = (torch.as_tensor(part) for part in mnist_data())
         return [(x[part].float().reshape(-1, 1, 28, 28) / 255, y[part]) for part in (y < 5, y >= 5)]
     files = [np.load(f"{folder}/background_small{part}.npz") for part in (1, 2)]
-    ink = [np.unpackbits(file["x"], axis=1, count=105**2).reshape(-1, 1, 105, 105).astype("float32") for file in files]
-    images = [F.adaptive_avg_pool2d(torch.from_numpy(drawings), 28) for drawings in ink]
-    return [(x, torch.from_numpy(file["y"]).long()) for x, file in zip(images, files, strict=True)]
+    shared = np.isin(files[1]["classes"], files[0]["classes"])  # the two have alphabets in common
+    parts = [(files[0]["x"], files[0]["y"]), tuple(files[1][key][~shared[files[1]["y"]]] for key in "xy")]
+    ink = [torch.from_numpy(np.unpackbits(x, axis=1, count=105**2)).reshape(-1, 1, 105, 105).float() for x, _ in parts]
+    return [(F.adaptive_avg_pool2d(x, 28), torch.from_numpy(y).long()) for x, (_, y) in zip(ink, parts, strict=True)]
 
 
-def turned(images, labels):  # by 0, 90, 180 and 270 degrees, which makes four classes of one
-    more = [labels + turns * (labels.max() + 1) for turns in range(4)]
-    return torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)]), torch.cat(more)
+def turned(x, y):  # by 0, 90, 180 and 270 degrees, which makes four classes of one
+    return torch.cat([x.rot90(r, (2, 3)) for r in range(4)]), torch.cat([y + r * (y.max() + 1) for r in range(4)])
 
 
 def network(width=32, ways=5):

@@ -12,6 +12,7 @@ import yaml
 from benchmarks.tutorials.study import PAGES, RESULTS, Estimate, Study, Table, load, names, with_results
 from bilevel.cli import main
 from bilevel.errors import BilevelWarning
+from bilevel.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -81,3 +82,13 @@ def test_tables_and_pages_that_do_not_fit_are_refused() -> None:
 def test_a_study_reads_back_as_it_was_written() -> None:
     study = Study({"x": Table(["a", "b"], [["m", Estimate.of([1.0, 3.0])]])}, {"curve": [1.0, 2.0]}, {"seconds": 1.5})
     assert Study.from_json(study.as_json()) == study
+
+
+def test_few_shot_is_tested_on_characters_that_it_was_not_trained_on() -> None:
+    folder = ROOT.parent / "shared" / "data" / "omniglot"
+    if not folder.is_dir():
+        pytest.skip("Omniglot is not here")
+    (train, _), (test, labels) = load_recipe(ROOT / "examples" / "few_shot.py").module.characters(str(folder))
+    seen = {drawing.numpy().tobytes() for drawing in train}
+    assert not any(drawing.numpy().tobytes() in seen for drawing in test)
+    assert len(labels.unique()) == 106

@@ -21,7 +21,7 @@ from bilevel import Engine, EngineConfig, Unrolled
 from bilevel.problems import Problem, TaskBatch
 from examples import few_shot as recipe
 
-TEST_BATCHES = 30  # of 20 tasks
+TEST_BATCHES = 15  # of 20 tasks
 
 
 def take_gradient(network: nn.Module, batch: TaskBatch, steps: int, rate: float) -> None:
