@@ -136,11 +136,20 @@ def perform(name: str, budget: str) -> Study:
 def save(name: str, study: Study, folder: Path) -> None:
     """Writes ``NAME.json``, ``NAME-light.svg`` and ``NAME-dark.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(study.as_json(), indent=1, ensure_ascii=False, allow_nan=True)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(text_of(study), encoding="utf-8")
     draw = getattr(importlib.import_module(f"benchmarks.tutorials.{name}"), "draw", None)
     if draw is not None:
         picture(lambda figure: draw(study, figure), folder / name)
+
+
+def text_of(study: Study) -> str:
+    """Returns the JSON: a line for each table and each part of the data, whose numbers have six digits."""
+    parts = {key: _short(part) if key == "data" else part for key, part in study.as_json().items()}
+    sections = [
+        f"{json.dumps(key)}: {{\n" + ",\n".join(f" {json.dumps(k)}: {_line(v)}" for k, v in part.items()) + "\n}"
+        for key, part in parts.items()
+    ]
+    return "{\n" + ",\n".join(sections) + "\n}\n"
 
 
 def load(name: str, folder: Path = RESULTS) -> Study:
@@ -187,6 +196,18 @@ def with_results(page: str, study: Study) -> str:
 
 def _is_study(path: Path) -> bool:
     return path.stem not in NOT_STUDIES and not path.stem.startswith("_") and "\nFULL" in path.read_text("utf-8")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _short(part) for key, part in value.items()}
+    return [_short(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(cell: Any) -> Any:
