@@ -357,10 +357,11 @@ def run_python(words: list[str]) -> None:
     before = sys.argv, list(sys.path)
     sys.argv = [program, "--help"]
     try:
-        with contextlib.redirect_stdout(stream), pytest.raises(SystemExit) as end, warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(stream):
             # Another test may have imported the module; its help is the same a second time.
             warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
-            runpy.run_module(program, run_name="__main__") if module else runpy.run_path(program, run_name="__main__")
+            with pytest.raises(SystemExit) as end:
+                (runpy.run_module if module else runpy.run_path)(program, run_name="__main__")
     finally:
         sys.argv, sys.path[:] = before
     assert end.value.code in (0, None)
