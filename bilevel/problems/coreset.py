@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bilevel.errors import ConfigError, DataError
-from bilevel.problems.reweighting import check_index_range, indexed_batch
+from bilevel.errors import ConfigError
+from bilevel.problems.examples import check_index_range, check_indices, example_losses, indexed_batch
 from bilevel.problems.supervised import Training, Validation, counterpart
 from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors
@@ -76,13 +76,7 @@ class Coreset(Validation):
         found = cast("Tensor", self.module.weights)
         if indices is None:
             return found
-        count = len(found)
-        if indices.is_floating_point() or (indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= count)):
-            raise DataError(
-                f"problem {self.name!r} has weights for {count} examples, and a batch has {indices.dtype} indices in "
-                f"[{indices.min().item()}, {indices.max().item()}], outside [0, {count}): the weights are for another "
-                "data set, or the batch's third entry is not the examples' indices"
-            )
+        check_indices(self.name, indices, len(found))
         return found[indices.to(found.device)]
 
     def selected(self, count: int | None = None) -> Tensor:
@@ -156,19 +150,13 @@ class CoresetTraining(Training):
         """Returns the weighted loss on a batch.
 
         Raises:
-            DataError: A batch without indices; an index of an example that has no weight; a criterion that does not
-                give one value an example.
+            DataError: A batch without indices; an index of an example that has no weight.
+            LossError: A criterion that does not give values for each example.
         """
         inputs, targets, indices = indexed_batch(self.name, batch)
         coreset = self.coreset()
         outputs = self(inputs)
-        losses = self.criterion(outputs, targets, reduction="none")
-        if losses.dim() == 0 or len(losses) != len(indices):
-            raise DataError(
-                f"the criterion of problem {self.name!r} must give one value for each of the {len(indices)} examples "
-                f'of a batch where it is called with reduction="none"; it gave the shape {tuple(losses.shape)}'
-            )
-        each = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+        each = example_losses(self.name, self.criterion, outputs, targets, len(indices))
         shares = coreset.weights(indices) * (len(coreset.weights()) / coreset.budget)
         value = (shares.to(each) * each).mean()
         return {"loss": value + self.decay(), "outputs": outputs}

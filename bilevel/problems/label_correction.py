@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel.errors import ConfigError, DataError
-from bilevel.problems.reweighting import check_index_range, check_indices, indexed_batch, squared_norm
+from bilevel.problems.examples import check_index_range, check_indices, indexed_batch
 from bilevel.problems.supervised import Criterion, Training, Validation, counterpart
 from bilevel.validation import check_integer, check_number
 
@@ -133,8 +133,7 @@ class Relabelled(Training):
         module: The model; with C outputs.
         labels: The name of the problem that holds the labels; None where the engine has one :class:`SoftLabels` only.
         criterion: ``(outputs, probabilities) -> scalar``; the cross-entropy by default.
-        weight_decay: α of ``α/2 ‖w‖²`` over the owned parameters.
-        settings: Those of :class:`~bilevel.Problem`: optimizer, data, steps, ….
+        settings: Those of :class:`~bilevel.problems.Training`: weight_decay (α), optimizer, data, steps, ….
 
     Raises:
         ConfigError: A negative ``weight_decay``.
@@ -148,14 +147,10 @@ class Relabelled(Training):
         module: nn.Module,
         *,
         labels: str | None = None,
-        criterion: Criterion = F.cross_entropy,
-        weight_decay: float = 0.0,
         **settings: Any,
     ) -> None:
-        check_number(type(self).__name__, "weight_decay", weight_decay, minimum=0.0)
-        super().__init__(module, criterion=criterion, **settings)
+        super().__init__(module, **settings)
         self.labels_name = labels
-        self.weight_decay = weight_decay
 
     def attach(self, siblings: Mapping[str, Any]) -> None:
         """Compares the number of labels with that of the training examples, where it is known."""
@@ -172,6 +167,4 @@ class Relabelled(Training):
         inputs, _, indices = indexed_batch(self.name, batch)
         outputs = self(inputs)
         value = self.criterion(outputs, self.soft_labels().probabilities(indices))
-        if self.weight_decay:
-            value = value + self.weight_decay / 2 * squared_norm(self)
-        return {"loss": value, "outputs": outputs}
+        return {"loss": value + self.decay(), "outputs": outputs}

@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Sampler
 from bilevel.data.indexed import View
 from bilevel.data.overlap import DrawsAll
 from bilevel.errors import ConfigError, DataError
+from bilevel.problems.examples import per_example
 from bilevel.problems.supervised import Training, Validation, batch_parts, counterpart
 from bilevel.validation import check_integer, check_number
 
@@ -246,8 +247,9 @@ class Mixture(Training):
         """Returns the weighed loss on a batch.
 
         Raises:
-            DataError: A source's number that has no weight, a source that is missing in the batch where no rates are
-                given, or a criterion that does not give values for each example.
+            DataError: A source's number that has no weight, or a source that is missing in the batch where no rates
+                are given.
+            LossError: A criterion that does not give values for each example.
         """
         remedy = "wrap the data sets in bilevel.problems.Sources, which adds the sources' numbers"
         inputs, targets, sources = batch_parts(self.name, batch, "inputs", "targets", "sources", remedy=remedy)
@@ -260,13 +262,8 @@ class Mixture(Training):
     def source_losses(self, losses: Tensor, sources: Tensor) -> Tensor:
         """Returns each source's mean loss, ``(k,)``, from the values of a batch, ``(b, *)``; raises as :meth:`loss`."""
         names = counterpart(self, DomainWeights, self.weights_name).names
-        if losses.dim() == 0 or len(losses) != len(sources):
-            raise DataError(
-                f"the criterion of problem {self.name!r} must give values for each of the {len(sources)} examples of a "
-                f'batch where it is called with reduction="none"; it gave the shape {tuple(losses.shape)}'
-            )
         _check_ids(self.name, sources, names)
-        each = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+        each = per_example(self.name, losses, len(sources))
         sums = each.new_zeros(len(names)).index_add(0, sources, each)
         if self.rates is not None:
             shares = _by_name(self.rates, names, f"{self.name}.rates")

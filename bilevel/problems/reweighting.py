@@ -6,24 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
-from bilevel.data.indexed import Indexed
-from bilevel.errors import ConfigError, DataError, LossError
-from bilevel.problems.supervised import Criterion, Training, Validation, batch_parts, counterpart
+from bilevel.errors import ConfigError
+from bilevel.problems.examples import check_index_range, check_indices, example_losses, indexed_batch
+from bilevel.problems.supervised import Criterion, Training, Validation, counterpart
 from bilevel.validation import check_choice, check_integer, check_number
 
-__all__ = [
-    "ExampleWeights",
-    "Reweighted",
-    "check_index_range",
-    "check_indices",
-    "example_losses",
-    "indexed_batch",
-    "squared_norm",
-]
+__all__ = ["ExampleWeights", "Reweighted"]
 
 FORMS = ("sigmoid", "softmax")
 
@@ -146,9 +136,7 @@ class Reweighted(Training):
             :class:`ExampleWeights` only.
         criterion: ``(outputs, targets, reduction="none") -> one value an example``; the cross-entropy by default. Where
             it returns more (tokens, pixels), their mean is the example's loss.
-        weight_decay: α of ``α/2 ‖w‖²`` over the owned parameters. Unlike an optimiser's, it is part of the loss, so
-            that hypergradients know of it.
-        settings: Those of :class:`~bilevel.Problem`: optimizer, data, steps, ….
+        settings: Those of :class:`~bilevel.problems.Training`: weight_decay (α), optimizer, data, steps, ….
 
     Raises:
         ConfigError: A negative ``weight_decay``.
@@ -163,14 +151,10 @@ class Reweighted(Training):
         module: nn.Module,
         *,
         weights: str | None = None,
-        criterion: Criterion = F.cross_entropy,
-        weight_decay: float = 0.0,
         **settings: Any,
     ) -> None:
-        check_number(type(self).__name__, "weight_decay", weight_decay, minimum=0.0)
-        super().__init__(module, criterion=criterion, **settings)
+        super().__init__(module, **settings)
         self.weights_name = weights
-        self.weight_decay = weight_decay
 
     def attach(self, siblings: Mapping[str, Any]) -> None:
         """Compares the number of weights with that of the training examples, where it is known."""
@@ -186,81 +170,6 @@ class Reweighted(Training):
         """Returns the weighted loss on a batch, with the model's outputs."""
         inputs, targets, indices = indexed_batch(self.name, batch)
         outputs = self(inputs)
-        losses = example_losses(self.name, self.criterion, outputs, targets)
+        losses = example_losses(self.name, self.criterion, outputs, targets, len(indices))
         weights = self.example_weights().weights(indices)
-        value = (weights * losses).mean()
-        if self.weight_decay:
-            value = value + self.weight_decay / 2 * squared_norm(self)
-        return {"loss": value, "outputs": outputs}
-
-
-def indexed_batch(name: str, batch: Any) -> tuple[Any, Any, Tensor]:
-    """Returns inputs, targets and indices.
-
-    Raises:
-        DataError: A batch of another form.
-    """
-    remedy = "wrap its data set in bilevel.problems.Indexed, which adds the indices"
-    inputs, targets, indices = batch_parts(name, batch, "inputs", "targets", "indices", remedy=remedy)
-    return inputs, targets, indices
-
-
-def check_indices(name: str, indices: object, size: int) -> None:
-    """Raises unless each index is one of ``size`` examples.
-
-    Raises:
-        DataError: It is not, or is no integer.
-    """
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise DataError(f"problem {name!r}: indices of examples must be a tensor of integers, not {kind}")
-    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < size):
-        raise DataError(
-            f"problem {name!r} has {size} examples, and a batch has the indices {int(indices.min())} to "
-            f"{int(indices.max())}: these are examples that are not in the data set. Count them from 0, and give "
-            "num_examples=len(training set)"
-        )
-
-
-def check_index_range(problem: Training, outer: str, size: int, what: str) -> None:
-    """Raises unless as many examples have indices as ``size``, where the number is known.
-
-    Args:
-        problem: Whose data has the indices.
-        outer: The problem that holds something for each example.
-        size: For how many.
-        what: What that is: ``"weights"``.
-
-    Raises:
-        DataError: There are more or fewer.
-    """
-    dataset = problem.data.dataset if isinstance(problem.data, DataLoader) else None
-    while isinstance(dataset, Subset):  # of an indexed data set: its indices are those of the whole
-        dataset = dataset.dataset
-    if isinstance(dataset, Indexed) and len(dataset) != size:
-        wrong = "examples that are not in the data set have some" if size > len(dataset) else "some examples have none"
-        raise DataError(
-            f"problem {outer!r} has {what} for {size} examples, and the data set of problem {problem.name!r} has "
-            f"{len(dataset)}: {wrong}. Make both from the same training set"
-        )
-
-
-def example_losses(name: str, criterion: Criterion, outputs: Any, targets: Any) -> Tensor:
-    """Returns a criterion's value for each example, of shape (b,).
-
-    Raises:
-        LossError: The criterion reduces.
-    """
-    losses = criterion(outputs, targets, reduction="none")
-    if losses.ndim == 0:
-        raise LossError(
-            f"the criterion of problem {name!r} returned one number for a batch: with reduction='none' it must return "
-            "one for each example"
-        )
-    return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
-
-
-def squared_norm(problem: Training) -> Tensor:
-    """Returns ``‖w‖²`` over the parameters that a problem owns, as its module holds them at this moment."""
-    held = dict(problem.module.named_parameters())
-    return torch.stack([held[name].square().sum() for name in problem.parameter_names]).sum()
+        return {"loss": (weights * losses).mean() + self.decay(), "outputs": outputs}

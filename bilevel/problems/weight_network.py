@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel.problems.reweighting import example_losses, squared_norm
+from bilevel.problems.examples import example_losses
 from bilevel.problems.supervised import Criterion, Training, Validation, batch_parts, counterpart
-from bilevel.validation import check_choice, check_integer, check_number
+from bilevel.validation import check_choice, check_integer
 
 __all__ = ["LossWeighted", "WeightNetwork"]
 
@@ -111,8 +110,7 @@ class LossWeighted(Training):
         nodes: Of the Gauss–Legendre rule for the integral, which is exact for polynomials V of degree
             ``2 nodes − 1``. For any number the rule is a loss with exact derivatives; more make its gradient closer to
             ``V(ℓᵢ) ∇ℓᵢ``.
-        weight_decay: α of ``α/2 ‖w‖²`` over the owned parameters.
-        settings: Those of :class:`~bilevel.Problem`: optimizer, data, steps, ….
+        settings: Those of :class:`~bilevel.problems.Training`: weight_decay (α), optimizer, data, steps, ….
 
     Raises:
         ConfigError: A negative ``weight_decay``, or no node.
@@ -127,20 +125,16 @@ class LossWeighted(Training):
         module: nn.Module,
         *,
         weights: str | None = None,
-        criterion: Criterion = F.cross_entropy,
         form: str = "integral",
         nodes: int = 8,
-        weight_decay: float = 0.0,
         **settings: Any,
     ) -> None:
         owner = type(self).__name__
         check_choice(owner, "form", form, FORMS)
         check_integer(owner, "nodes", nodes, minimum=1)
-        check_number(owner, "weight_decay", weight_decay, minimum=0.0)
-        super().__init__(module, criterion=criterion, **settings)
+        super().__init__(module, **settings)
         self.weights_name = weights
         self.form = form
-        self.weight_decay = weight_decay
         places, shares = np.polynomial.legendre.leggauss(nodes)
         # from [−1, 1] to [0, 1]
         self._places, self._shares = torch.tensor((places + 1) / 2), torch.tensor(shares / 2)
@@ -161,7 +155,5 @@ class LossWeighted(Training):
         """Returns the weighted loss on a batch, with the model's outputs."""
         inputs, targets = batch_parts(self.name, batch, "inputs", "targets")
         outputs = self(inputs)
-        value = self.weighted(example_losses(self.name, self.criterion, outputs, targets)).mean()
-        if self.weight_decay:
-            value = value + self.weight_decay / 2 * squared_norm(self)
-        return {"loss": value, "outputs": outputs}
+        losses = example_losses(self.name, self.criterion, outputs, targets, len(targets))
+        return {"loss": self.weighted(losses).mean() + self.decay(), "outputs": outputs}

@@ -12,20 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from bidora.cli import main
 from bidora.data import DEFAULT_DATA
 from bidora.loading import DEFAULT_MODEL, load_model_and_tokenizer
 from bidora.settings import TrainSettings
-
-TINY = ["--max-rows", "12", "--max-length", "8", "--steps", "2", "--search-steps", "2", "--batch-size", "4"]
-
-
-def run(*words: str) -> int:
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+from tests.bidora.commands import TINY, run
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,17 @@ from benchmarks.pages.decomposition import FOLDER, kept, tabulated
 from benchmarks.tutorials.study import with_results
 from bidora import BiDoRAConfig, BiDoRATrainer, BiDoRATrainingArguments, get_bidora_model, weight_decomposition
 from bidora.analysis import LayerChange, WeightDecomposition
-from bidora.cli import main
 from bidora.data import load_text_data
 from bidora.report import draw_decomposition
 from bidora.settings import TrainSettings
 from bilevel.errors import BilevelError, ConfigError
+from tests.bidora.commands import TINY
+from tests.bidora.commands import run as command
 
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")  # a transformer is not convex
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bidora.md"
 GUIDE = PAGE.read_text(encoding="utf-8")
-TINY = ["--max-rows", "12", "--max-length", "8", "--steps", "2", "--search-steps", "2", "--batch-size", "4"]
 
 
 def section(title: str) -> str:
@@ -50,14 +50,6 @@ def trainer(model: Any, folder: Path, data: list[dict[str, Any]] | None = None, 
 
 def adapted(make_bert: Callable[..., Any]) -> Any:
     return get_bidora_model(make_bert(num_labels=2), BiDoRAConfig(task_type="SEQ_CLS", r=2, lora_alpha=4))
-
-
-def command(*words: object) -> int:
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

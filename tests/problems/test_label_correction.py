@@ -16,21 +16,11 @@ from bilevel.errors import ConfigError, DataError, GraphError
 from bilevel.hypergrad import available_methods
 from bilevel.problems.label_correction import Relabelled, SoftLabels
 from bilevel.problems.supervised import Validation
+from tests.problems.labelled import blobs
 
 DOUBLE = torch.float64
 QUIET = EngineConfig(progress=False)
 METHODS = [name for name in available_methods() if not name.startswith("betty:")]
-
-
-def blobs(count: int, wrong: float, seed: int, dtype: torch.dtype = DOUBLE) -> Any:
-    """Three classes in the plane, each a normal distribution; and which labels were right."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.randint(0, 3, (count,), generator=generator)
-    angle = y * 2 * torch.pi / 3
-    x = 2 * torch.stack([angle.cos(), angle.sin()], 1) + torch.randn(count, 2, generator=generator)
-    bad = torch.rand(count, generator=generator) < wrong
-    shift = torch.randint(1, 3, (count,), generator=generator)
-    return x.to(dtype), (y + shift * bad) % 3, y
 
 
 def correcting(
@@ -180,7 +170,7 @@ def test_saved_labels_come_back(tmp_path: Any) -> None:
         (lambda: SoftLabels(torch.zeros(0, dtype=torch.long), 3), DataError, r"of shape \(0,\)"),
         (lambda: SoftLabels(torch.tensor([0]), 4, confidence=0.25), ConfigError, r"a finite number above 0.25"),
         (lambda: SoftLabels(torch.tensor([0]), 4, confidence=1.0), ConfigError, r"a probability below 1, not 1.0"),
-        (lambda: Relabelled(nn.Linear(1, 2), weight_decay=-1.0), ConfigError, r"Relabelled.weight_decay must be"),
+        (lambda: Relabelled(nn.Linear(1, 2), weight_decay=-1.0), ConfigError, r"relabelled.weight_decay must be"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: Any, error: type[Exception], message: str) -> None:

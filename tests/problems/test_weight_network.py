@@ -206,7 +206,7 @@ def test_saved_networks_come_back(tmp_path: Any) -> None:
         (lambda: WeightNetwork(hidden=0), ConfigError, r"WeightNetwork.hidden must be an integer of at least 1"),
         (lambda: LossWeighted(nn.Linear(1, 1), form="detached"), UnknownNameError, r"'integral', 'product'"),
         (lambda: LossWeighted(nn.Linear(1, 1), nodes=0), ConfigError, r"LossWeighted.nodes must be an integer"),
-        (lambda: LossWeighted(nn.Linear(1, 1), weight_decay=-1.0), ConfigError, r"LossWeighted.weight_decay must be"),
+        (lambda: LossWeighted(nn.Linear(1, 1), weight_decay=-1.0), ConfigError, r"loss_weighted.weight_decay must be"),
     ],
 )
 def test_settings_without_sense_are_refused(make: Any, error: type[Exception], message: str) -> None:
@@ -222,7 +222,7 @@ def test_engines_that_lack_a_part_say_so() -> None:
         Engine([outer, LossWeighted(nn.Linear(2, 2), data=[batch], optimizer=sgd)], QUIET, "identity")
     network = WeightNetwork(data=[batch], optimizer=sgd)
     mean = lambda outputs, targets, reduction="mean": F.cross_entropy(outputs, targets)  # noqa: E731
-    with pytest.raises(LossError, match=r"one number for a batch"):
+    with pytest.raises(LossError, match=r"values for each of the 10 examples"):
         Engine([network, LossWeighted(nn.Linear(2, 2), criterion=mean, data=[batch], optimizer=sgd)], QUIET, "identity")
     with pytest.raises(GraphError, match=r"does not depend on the parameters of any problem above it"):
         Engine([network, Training(nn.Linear(2, 2), data=[batch], optimizer=sgd)], QUIET, "identity")

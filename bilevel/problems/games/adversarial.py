@@ -14,7 +14,7 @@ from torch.optim import Adam
 from bilevel.errors import ConfigError, DataError, GraphError, ParameterError
 from bilevel.problems.base import Problem
 from bilevel.problems.constraints import Ball, Box, Constrained, Constraint
-from bilevel.problems.reweighting import check_indices
+from bilevel.problems.examples import check_indices
 from bilevel.problems.supervised import Criterion, Training, Validation, batch_parts, counterpart
 from bilevel.validation import check_choice, check_integer, check_number
 
