@@ -16,6 +16,7 @@ from bilevel.hypergrad import Estimator, as_estimator
 from bilevel.hypergrad.inner_updates import InnerUpdates
 from bilevel.problems.base import ParameterSelection, select_parameters
 from bilevel.problems.hyperparameters import PerParameter, Tuned
+from bilevel.problems.hyperparameters.per_parameter import parameter_key
 from bilevel.problems.supervised import Criterion
 
 __all__ = ["LearningRate", "Paced"]
@@ -201,9 +202,9 @@ class _Displaced(nn.Module):
         self.names = tuple(chosen)
         self.displacement, self.base, self.scale = nn.Module(), nn.Module(), nn.Module()
         for name, p in chosen.items():
-            self.displacement.register_parameter(_key(name), nn.Parameter(torch.zeros_like(p)))
-            self.base.register_buffer(_key(name), p.detach().clone())
-            self.scale.register_buffer(_key(name), torch.ones_like(p))
+            self.displacement.register_parameter(parameter_key(name), nn.Parameter(torch.zeros_like(p)))
+            self.base.register_buffer(parameter_key(name), p.detach().clone())
+            self.scale.register_buffer(parameter_key(name), torch.ones_like(p))
         self.model = model
         self.shown = True  # the model holds the weights, or others that were loaded into it
 
@@ -218,15 +219,17 @@ class _Displaced(nn.Module):
                     part.register_buffer(name, buffers[id(p)])
 
     def displacements(self) -> dict[str, Tensor]:
-        return {name: getattr(self.displacement, _key(name)) for name in self.names}
+        return {name: getattr(self.displacement, parameter_key(name)) for name in self.names}
 
     def weights(self, scales: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
         moved = self.displacements().items()
-        return {name: getattr(self.base, _key(name)) + scales[name] * displacement for name, displacement in moved}
+        return {
+            name: getattr(self.base, parameter_key(name)) + scales[name] * displacement for name, displacement in moved
+        }
 
     def held(self) -> dict[str, Tensor]:
         """Returns the weights that the updates have led to."""
-        return self.weights({name: getattr(self.scale, _key(name)) for name in self.names})
+        return self.weights({name: getattr(self.scale, parameter_key(name)) for name in self.names})
 
     @torch.no_grad()
     def fold(self, scales: Mapping[str, Tensor | float]) -> None:
@@ -234,9 +237,9 @@ class _Displaced(nn.Module):
         weights = {name: self.model.get_buffer(name) for name in self.names} if self.shown else self.held()
         self.shown = False
         for name, value in weights.items():
-            getattr(self.base, _key(name)).copy_(value)
-            getattr(self.displacement, _key(name)).zero_()
-            scale = getattr(self.scale, _key(name))
+            getattr(self.base, parameter_key(name)).copy_(value)
+            getattr(self.displacement, parameter_key(name)).zero_()
+            scale = getattr(self.scale, parameter_key(name))
             scale.copy_(torch.as_tensor(scales[name]).expand_as(scale))
 
     @torch.no_grad()
@@ -263,7 +266,3 @@ def _refused_or_root(optimizer: Optimizer) -> bool:
             "hyper-parameters, frozen by requires_grad_(False) if it is not to be learned"
         )
     return kind in LINEAR
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a parameter's name has no dots

@@ -13,7 +13,7 @@ from bilevel.problems.base import ParameterSelection, select_parameters
 from bilevel.problems.hyperparameters.base import Hyperparameter, Value
 from bilevel.validation import check_choice, check_number
 
-__all__ = ["PerParameter"]
+__all__ = ["PerParameter", "parameter_key"]
 
 
 class PerParameter(Hyperparameter):
@@ -50,7 +50,7 @@ class PerParameter(Hyperparameter):
             self.log.register_parameter("all", nn.Parameter(first.new_full((), start)))
         else:
             for name, p in chosen.items():
-                self.log.register_parameter(_key(name), nn.Parameter(p.new_full(_shape(p, per), start)))
+                self.log.register_parameter(parameter_key(name), nn.Parameter(p.new_full(_shape(p, per), start)))
 
     def value(self) -> Value:
         """Returns ``exp(λ)``: a scalar, or by the names of the model's parameters."""
@@ -60,7 +60,7 @@ class PerParameter(Hyperparameter):
 
     def of(self, name: str) -> Tensor:
         """Returns ``exp(λ)`` for a parameter of the model: a scalar, or in a shape that goes with its."""
-        return cast(Tensor, getattr(self.log, "all" if self.per == "model" else _key(name))).exp()
+        return cast(Tensor, getattr(self.log, "all" if self.per == "model" else parameter_key(name))).exp()
 
     def chosen(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns those of the inner problem's parameters that are meant.
@@ -78,8 +78,9 @@ class PerParameter(Hyperparameter):
         return {name: weights[name] for name in self.shapes}
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a parameter's name has no dots
+def parameter_key(name: str) -> str:
+    """Returns a name for what belongs to a parameter of that name: torch's own names have no dots."""
+    return name.replace(".", "/")
 
 
 def _shape(parameter: Tensor, per: str) -> tuple[int, ...]:
