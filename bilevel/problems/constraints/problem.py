@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -125,18 +125,6 @@ class Constrained(Problem):
             return found + more
         return {**found, "loss": found["loss"] + more}
 
-    def update(self, gradients: Sequence[Tensor], values: Mapping[str, Any]) -> None:
-        """See :meth:`Problem.update`; remembers the face on which the update ends."""
-        if self.stepper is None:
-            return super().update(gradients, values)  # says so
-        self.stepper.update(gradients, values)
-        with torch.no_grad():
-            for name, parameter in self._constrained(self.parameters):
-                self._face(name).copy_(self.constraints[name].face(parameter))
-        self._put_projected()
-        self.num_updates += 1
-        return None
-
     def active(self) -> dict[str, Tensor]:
         """Returns, by parameter, where constraints hold it: a mask over elements (box, simplex) or groups (ball)."""
         return {name: self._face(name) != 0 for name in self.constraints}
@@ -145,6 +133,13 @@ class Constrained(Problem):
         """Returns ``"active"``: the share of elements, or groups, that constraints hold."""
         masks = [mask.reshape(-1) for mask in self.active().values()]
         return {"active": float(torch.cat(masks).double().mean())}
+
+    @torch.no_grad()
+    def _put_projected(self) -> None:
+        """Remembers the face on which an update ends."""
+        for name, parameter in self._constrained(self.parameters):
+            self._face(name).copy_(self.constraints[name].face(parameter))
+        super()._put_projected()
 
     def _guard(self) -> None:
         """Refuses, for as long as there is this problem, that the module is evaluated again in a backward pass."""
