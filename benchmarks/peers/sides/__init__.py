@@ -1,0 +1,1 @@
+"""The workloads written for one library each: ``sides/LIBRARY/WORKLOAD.py``."""

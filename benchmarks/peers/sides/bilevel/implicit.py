@@ -1,0 +1,64 @@
+"""Implicit methods for any task in the functional form, by this library's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side, Task
+from benchmarks.peers.sides.hand.implicit import put
+from bilevel import ConjugateGradient, Engine, EngineConfig, Estimator, FiniteDifference, Identity, Neumann, Problem
+
+
+class Outer(Problem):
+    def loss(self, batch: Any) -> Tensor:
+        return self.task.outer_loss(list(self.inner.module), list(self.module))
+
+
+class Inner(Problem):
+    def loss(self, batch: Any) -> Tensor:
+        return self.task.inner_loss(list(self.module), list(self.outer.module))
+
+
+class Library(Side):
+    """The engine with its defaults; the problems hold plain lists of parameters."""
+
+    def __init__(self, task: Task, method: Estimator) -> None:
+        modules = [nn.ParameterList([part.clone() for part in parts]) for parts in (task.outer, task.inner)]
+        outer = Outer(modules[0], optimizer=lambda params: KeepingSGD(params, lr=task.outer_rate))
+        inner = Inner(modules[1], optimizer=lambda params: torch.optim.SGD(params, lr=task.rate), steps=task.steps)
+        outer.task = inner.task = task  # type: ignore[attr-defined]
+        self.engine = Engine([outer, inner], EngineConfig(progress=False), hypergradient=method)
+        self.parameters = [*modules[1], *modules[0]]
+
+    def step(self) -> None:
+        self.result = self.engine.step()
+
+    def hypergradient(self) -> Sequence[Tensor]:
+        optimizer = self.engine.problems["outer"].optimizer
+        assert isinstance(optimizer, KeepingSGD)
+        return optimizer.kept
+
+    def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
+        put(self.parameters, [*inner, *outer])
+
+
+def estimator(method: Method) -> Estimator:
+    """Returns this library's name for a method."""
+    if method.kind == "identity":
+        return Identity()
+    if method.kind == "finite_difference":
+        return FiniteDifference()
+    if method.kind == "neumann":
+        return Neumann(terms=method.products, step_size=method.step_size)
+    if method.kind == "conjugate_gradient":
+        return ConjugateGradient(max_iterations=method.products, rtol=0.0)
+    raise NotOffered(f"no method for {method.kind}")
+
+
+def build(task: Task, method: Method) -> Library:
+    return Library(task, estimator(method))

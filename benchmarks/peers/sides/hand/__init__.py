@@ -1,0 +1,1 @@
+"""Loops written by hand: the least number of passes, no checks."""

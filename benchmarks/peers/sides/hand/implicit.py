@@ -1,0 +1,99 @@
+"""Implicit methods by hand for any task in the functional form: the least number of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.peers.side import Method, NotOffered, Side, Task
+
+KINDS = ("identity", "finite_difference", "neumann", "conjugate_gradient")
+
+
+class Loop(Side):
+    def __init__(self, task: Task, method: Method) -> None:
+        if method.kind not in KINDS:
+            raise NotOffered(f"no loop for {method.kind}")
+        self.task, self.method = task, method
+        self.w = [part.clone().requires_grad_() for part in task.inner]
+        self.lam = [part.clone().requires_grad_() for part in task.outer]
+        self.found: list[Tensor] = []
+
+    def step(self) -> None:
+        task = self.task
+        for _ in range(task.steps):
+            move(self.w, -task.rate, torch.autograd.grad(task.inner_loss(self.w, self.lam), self.w))
+        v = torch.autograd.grad(task.outer_loss(self.w, self.lam), self.w)
+        self.found = [-part for part in self.mixed(v)]
+        move(self.lam, -task.outer_rate, self.found)
+
+    def mixed(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns ``qᵀ ∂²f/∂w∂λ``."""
+        if self.method.kind == "finite_difference":
+            return self.differences(v)
+        g = torch.autograd.grad(self.task.inner_loss(self.w, self.lam), self.w, create_graph=True)
+        q = {"identity": lambda g, v: v, "neumann": self.neumann, "conjugate_gradient": self.conjugate_gradient}[
+            self.method.kind
+        ](g, v)
+        return torch.autograd.grad(g, self.lam, q)
+
+    def neumann(self, g: Sequence[Tensor], v: Sequence[Tensor]) -> Sequence[Tensor]:
+        alpha = self.method.step_size
+        term = list(v)
+        total = [part.clone() for part in v]
+        for _ in range(self.method.products):
+            image = torch.autograd.grad(g, self.w, term, retain_graph=True)
+            term = torch._foreach_add(term, image, alpha=-alpha)
+            torch._foreach_add_(total, term)
+        return torch._foreach_mul(total, alpha)
+
+    def conjugate_gradient(self, g: Sequence[Tensor], v: Sequence[Tensor]) -> Sequence[Tensor]:
+        q, r, p = [torch.zeros_like(part) for part in v], list(v), list(v)
+        rr = dot(r, r)
+        for _ in range(self.method.products):
+            image = torch.autograd.grad(g, self.w, p, retain_graph=True)
+            alpha = rr / dot(p, image)
+            q = [a + alpha * b for a, b in zip(q, p, strict=True)]
+            r = [a - alpha * b for a, b in zip(r, image, strict=True)]
+            new = dot(r, r)
+            p = [a + new / rr * b for a, b in zip(r, p, strict=True)]
+            rr = new
+        return q
+
+    def differences(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Central differences of ``∂f/∂λ`` along v, ε = ε_machine^⅓ (1 + ‖w‖)^½ / ‖v‖."""
+        machine = torch.finfo(v[0].dtype).eps
+        epsilon = machine ** (1 / 3) * (1 + dot(self.w, self.w).sqrt()).sqrt() / dot(v, v).sqrt()
+        sides = []
+        for sign in (1, -1):
+            here = [w.detach() + sign * epsilon * part for w, part in zip(self.w, v, strict=True)]
+            sides.append(torch.autograd.grad(self.task.inner_loss(here, self.lam), self.lam))
+        return [(a - b) / (2 * epsilon) for a, b in zip(*sides, strict=True)]
+
+    def hypergradient(self) -> Sequence[Tensor]:
+        return self.found
+
+    def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
+        put([*self.w, *self.lam], [*inner, *outer])
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return sum((x.detach() * y.detach()).sum() for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def move(parameters: Sequence[Tensor], scale: float, steps: Sequence[Tensor]) -> None:
+    torch._foreach_add_(list(parameters), list(steps), alpha=scale)
+
+
+@torch.no_grad()
+def put(parameters: Sequence[Tensor], values: Sequence[np.ndarray]) -> None:
+    """Copies arrays into parameters."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(torch.as_tensor(value))
+
+
+build = Loop

@@ -1,0 +1,170 @@
+"""The worker process of one library: takes commands as lines of JSON, answers each with one line.
+
+    python -m benchmarks.peers.worker LIBRARY
+
+Commands are ``{"do": NAME, …}``; answers ``{"ok": …}``, ``{"lacks": text}`` where the library does not offer what is
+asked for, or ``{"error": text}``. Arrays travel through ``.npz`` files.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers.memory import peak_bytes, peak_resident
+from benchmarks.peers.side import NotOffered, Passes, Side
+from benchmarks.peers.timing import timed
+
+__all__ = ["Worker", "main"]
+
+
+class Worker:
+    """What a worker process holds; every public method is a command.
+
+    Also of use in one's own process, where the library can be imported: ``Worker("bilevel")``.
+    """
+
+    def __init__(self, library: str) -> None:
+        self.library = library
+        self.arrays: dict[str, Any] = {}
+        self.sides: dict[str, Side] = {}
+        self.tasks: dict[str, Any] = {}
+
+    def hello(self, distributions: Sequence[str] = (), threads: int = 1, tf32: bool = False) -> dict[str, Any]:
+        """Sets the number of threads; returns versions."""
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        versions = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
+        for name in distributions:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = "absent"
+        return versions
+
+    def load(self, data: str, file: str) -> None:
+        """Reads a workload's arrays."""
+        with np.load(file) as arrays:
+            self.arrays[data] = {name: arrays[name] for name in arrays.files}
+
+    def build(
+        self, key: str, data: str, workload: str, method: str, size: str, device: str = "cpu", dtype: str = "float32"
+    ) -> dict[str, Any]:
+        """Makes a side under a key, from the workload's start."""
+        module = importlib.import_module(f"benchmarks.peers.workloads.{workload}")
+        name = f"benchmarks.peers.sides.{self.library}.{workload}"
+        try:
+            side = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and name.startswith(error.name):
+                raise NotOffered(f"{self.library} has no side for {workload}") from error
+            raise
+        task = module.task(self.arrays[data], size, device, dtype)
+        self.tasks[key] = task
+        self.sides[key] = side.build(task, module.METHODS[method])
+        return {"note": self.sides[key].note}
+
+    def place(self, key: str, file: str) -> None:
+        """Puts values into the parameters."""
+        with np.load(file) as arrays:
+            inner = [arrays[name] for name in arrays.files if name.startswith("inner")]
+            outer = [arrays[name] for name in arrays.files if name.startswith("outer")]
+        self.sides[key].place(inner, outer)
+
+    def step(self, key: str) -> None:
+        self.sides[key].step()
+
+    def gradient(self, key: str, file: str) -> dict[str, Any]:
+        """Takes a step, writes the hypergradient that it used to a file, counts its passes."""
+        side, counter = self.sides[key], getattr(self.tasks[key], "passes", Passes())
+        counter.forward = 0
+        with backward_counted(counter):
+            side.step()
+        side.wait()
+        np.savez(file, **{f"p{i:03d}": as_array(part) for i, part in enumerate(side.hypergradient())})
+        return {"forward": counter.forward, "backward": counter.backward}
+
+    def time(self, key: str, steps: int = 1, cpu_time: bool = False) -> float:
+        """Returns the seconds of a step."""
+        side = self.sides[key]
+        return timed(side.step, side.wait, steps, cpu_time=cpu_time)
+
+    def memory(self, key: str) -> dict[str, Any]:
+        """Returns the peak memory of a step; meant for a process that does nothing else."""
+        side = self.sides[key]
+        for _ in range(2):
+            side.step()
+        side.wait()
+
+        def whole() -> None:
+            side.step()
+            side.wait()
+
+        resident = peak_resident(whole)
+        return {"allocated": peak_bytes(whole), "resident": resident}
+
+    def drop(self, key: str) -> None:
+        """Forgets a side."""
+        self.sides.pop(key, None)
+        self.tasks.pop(key, None)
+        gc.collect()
+
+
+def as_array(part: Any) -> np.ndarray:
+    if isinstance(part, torch.Tensor):
+        part = part.detach().to("cpu", torch.float64)
+    return np.asarray(part, dtype=np.float64)
+
+
+@contextmanager
+def backward_counted(counter: Passes) -> Iterator[None]:
+    """Counts runs of autograd's engine: ``backward()``, ``torch.autograd.grad`` and the backward of ``torch.func``."""
+    engine, counter.backward = torch.autograd._engine_run_backward, 0
+
+    def run(*inputs: Any, **how: Any) -> Any:
+        counter.backward += 1
+        return engine(*inputs, **how)
+
+    torch.autograd._engine_run_backward = run
+    try:
+        yield
+    finally:
+        torch.autograd._engine_run_backward = engine
+
+
+def answer(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a command gives, as the pipe carries it."""
+    command = message.pop("do")
+    if command.startswith("_") or not callable(getattr(worker, command, None)):
+        return {"error": f"unknown command {command!r}"}
+    try:
+        return {"ok": getattr(worker, command)(**message)}
+    except NotOffered as error:
+        return {"lacks": str(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    # Libraries print: what they print goes to the error stream, the pipe is ours.
+    pipe = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    worker = Worker(sys.argv[1])
+    for line in sys.stdin:
+        pipe.write(json.dumps(answer(worker, json.loads(line))) + "\n")
+
+
+if __name__ == "__main__":
+    main()
