@@ -30,6 +30,7 @@ __all__ = [
     "Objective",
     "ParameterSlots",
     "PassCount",
+    "PlainLoss",
     "buffers_apart",
     "buffers_protected",
     "dense_gradient",
@@ -78,6 +79,21 @@ class Evaluate:
         return self.run()
 
 
+@dataclass(frozen=True)
+class PlainLoss:
+    """A loss as its user wrote it, for a compiler: to be called inside :meth:`Objective.within` at the same point.
+
+    Attributes:
+        function: The loss.
+        arguments: What it is called with.
+        owner: Whose compiled code it shares; weakly referenced.
+    """
+
+    function: Callable[..., object]
+    arguments: tuple[Any, ...]
+    owner: object
+
+
 class Objective(ABC):
     """A loss ``f(inner, outer)``.
 
@@ -102,6 +118,10 @@ class Objective(ABC):
         parameters are in place at that moment.
         """
 
+    def plain(self, inner: Tensors, outer: Tensors) -> PlainLoss | None:
+        """Returns the loss without what surrounds its passes here; None where it is more than its user wrote."""
+        return None
+
     def _evaluate(self, loss: Callable[[], object]) -> tuple[Tensor, Tensors]:
         devices = {"cpu", *(device for device in ("cuda", "xpu", "mps") if torch.is_autocast_enabled(device))}
         with ExitStack() as stack:
@@ -116,7 +136,7 @@ class Objective(ABC):
 
 
 class FunctionObjective(Objective):
-    """An objective made of a function of two flat tuples of tensors."""
+    """An objective made of a function of two flat tuples of tensors; ``plain`` tells what the user wrote of it."""
 
     def __init__(
         self,
@@ -125,9 +145,15 @@ class FunctionObjective(Objective):
         replay: Replay,
         passes: PassCount,
         reduce: Reduce | None = None,
+        plain: Callable[[Tensors, Tensors], PlainLoss] | None = None,
     ) -> None:
         super().__init__(name, replay, passes, reduce)
         self._function = function
+        self._plain = plain
+
+    def plain(self, inner: Tensors, outer: Tensors) -> PlainLoss | None:
+        """See :meth:`Objective.plain`."""
+        return None if self._plain is None else self._plain(inner, outer)
 
     def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
         """See :meth:`Objective.within`."""
@@ -327,6 +353,10 @@ class ModuleObjective(Objective):
             self._slots.swapped(self._live_inner + self._live_outer, inner + outer),
         ):
             return body(Evaluate(lambda: self._evaluate(self._loss)))
+
+    def plain(self, inner: Tensors, outer: Tensors) -> PlainLoss | None:
+        """See :meth:`Objective.plain`."""
+        return PlainLoss(self._plain_loss, (), self._slots)
 
     def _loss(self) -> object:
         with self._slots.evaluation():

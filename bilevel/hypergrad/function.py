@@ -8,7 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.errors import LossError, ParameterError
-from bilevel.functional import FunctionObjective, Objective, PassCount, dense_gradient, gradient, leaves, require_finite
+from bilevel.functional import (
+    FunctionObjective,
+    Objective,
+    PassCount,
+    PlainLoss,
+    dense_gradient,
+    gradient,
+    leaves,
+    require_finite,
+)
 from bilevel.hypergrad.base import Estimator, InnerProblem, State, refuse_without_state
 from bilevel.hypergrad.registry import as_estimator
 from bilevel.randomness import Replay, generator_devices
@@ -120,7 +129,14 @@ def function_objective(
     loss: Loss, name: str, inner: Structure, outer: Structure, replay: Replay, passes: PassCount
 ) -> FunctionObjective:
     """Wraps a user's function of structured parameters as an objective on flat tuples."""
-    return FunctionObjective(lambda w, lam: loss(inner.rebuild(w), outer.rebuild(lam)), name, replay, passes)
+
+    def plain(w: Tensors, lam: Tensors) -> PlainLoss:
+        return PlainLoss(loss, (inner.rebuild(w), outer.rebuild(lam)), getattr(loss, "__code__", type(loss)))
+
+    def function(w: Tensors, lam: Tensors) -> object:
+        return loss(inner.rebuild(w), outer.rebuild(lam))
+
+    return FunctionObjective(function, name, replay, passes, plain=plain)
 
 
 def outer_gradients(objective: Objective, inner: Tensors, outer: Tensors) -> tuple[Tensor, Tensors, Tensors]:
