@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bidora.dora import dora_weight
+from bidora.layers import DoraLayer, layer_weight, weight_rows
 from bilevel.errors import ParameterError
 
 __all__ = ["LayerChange", "WeightDecomposition", "weight_decomposition"]
@@ -68,17 +67,18 @@ def weight_decomposition(before: Source, after: Source) -> WeightDecomposition:
 
         ΔM = mean over rows |‖w'‖ − ‖w‖|        ΔD = mean over rows (1 − ⟨w', w⟩ / (‖w'‖ ‖w‖))
 
-    over the rows w of W (out, in). Full fine-tuning and DoRA move the two in opposite senses, LoRA in the same one. A
-    row that is zero on one side counts as cos = 0, on both as cos = 1.
+    over the rows w of W (out, in). The rows are a convolution's filters; of an adapted embedding, which has a magnitude
+    for each dimension, they are the dimensions. Full fine-tuning and DoRA move the two in opposite senses, LoRA in the
+    same one. A row that is zero on one side counts as cos = 0, on both as cos = 1.
 
     Computed in float64, one dense weight at a time.
 
     Args:
-        before: The model before training, or its weights: a state dict, or any mapping of names to matrices. Note
+        before: The model before training, or its weights: a state dict, or any mapping of names to tensors. Note
             that adapting changes a model in place: take the state dict before, or load the model again.
         after: The same after training. Where a side is a model with LoRA or DoRA adapters, these layers with their
-            effective weights are compared, as the forward pass sees them; otherwise all linear layers, or all
-            matrices, that stand on both sides.
+            effective weights are compared, as the forward pass sees them; otherwise all linear and convolution layers,
+            or all matrices, that stand on both sides.
 
     Raises:
         ParameterError: No layer stands on both sides, a shape differs, or an adapter's weight is not known.
@@ -107,9 +107,13 @@ class _Weights:
             factor = next((key for key in source if ".lora_" in key), None)
             if factor is not None:
                 raise ParameterError(f"expected whole weights, but {factor!r} is an adapter's: pass the model itself")
-            self.tensors = {key.removesuffix(".weight"): value for key, value in source.items() if value.ndim == 2}
+            self.tensors = {
+                key.removesuffix(".weight"): value
+                for key, value in source.items()
+                if value.ndim == 2 or (value.ndim > 2 and key.endswith(".weight"))
+            }
         else:
-            self.modules, self.adapted = _linear_layers(source)
+            self.modules, self.adapted = _layers(source)
 
     @property
     def names(self) -> list[str]:
@@ -119,17 +123,20 @@ class _Weights:
         if name in self.modules:
             return _effective_weight(name, self.modules[name])
         # a state dict holds a layer's weight as the layer does
-        return self.tensors[name].T if other.stores_transposed(name) else self.tensors[name]
+        return _rows(other.modules.get(name), self.tensors[name])
 
-    def stores_transposed(self, name: str) -> bool:
-        module = self.modules.get(name)
-        return isinstance(getattr(module, "base_layer", module), Conv1D)
+    def is_embedding(self, name: str) -> bool:
+        return isinstance(self.modules.get(name), nn.Embedding)
 
 
 def _common(old: _Weights, new: _Weights) -> list[str]:
     known = set(old.names)
     adapted = old.adapted | new.adapted
-    names = [name for name in new.names if name in known and (not adapted or name in adapted)]
+
+    def counts(name: str) -> bool:
+        return name in adapted if adapted else not (old.is_embedding(name) or new.is_embedding(name))
+
+    names = [name for name in new.names if name in known and counts(name)]
     if not names:
         raise ParameterError(
             f"expected weights of the same layers before and after, but none stands on both sides: before has "
@@ -138,8 +145,11 @@ def _common(old: _Weights, new: _Weights) -> list[str]:
     return names
 
 
-def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
-    """Returns linear layers by their names in the base model, and which of them carry an adapter."""
+_KINDS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
+    """Returns layers by their names in the base model, and which of them carry an adapter."""
     layers: dict[str, nn.Module] = {}
     adapted: set[str] = set()
     inside: tuple[str, ...] = ()
@@ -148,7 +158,7 @@ def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
             continue
         plain = name.removeprefix("base_model.model.")
         tuner = isinstance(module, BaseTunerLayer)
-        if tuner or isinstance(module, (nn.Linear, Conv1D)):
+        if tuner or isinstance(module, _KINDS):
             layers[plain] = module
         if tuner:
             adapted.add(plain)
@@ -158,26 +168,33 @@ def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
 
 @torch.no_grad()
 def _effective_weight(name: str, module: nn.Module) -> Tensor:
-    if not isinstance(module, LoraLinear):
+    if not isinstance(module, DoraLayer):
         if isinstance(module, BaseTunerLayer):
             raise ParameterError(f"the effective weight of {name}, a {type(module).__name__}, is not known")
         assert isinstance(module.weight, Tensor)
-        return module.weight.T if isinstance(module, Conv1D) else module.weight
+        return _rows(module, module.weight)
     base = _effective_weight(name, module.get_base_layer())
     if module.merged or module.disable_adapters:
         return base
-    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    active = [adapter for adapter in module.active_adapters if adapter in module.scaling]
     if len(active) > 1:
         raise ParameterError(f"{name} has {len(active)} active adapters: activate one of {', '.join(active)}")
     for adapter in active:
         if adapter in module.lora_magnitude_vector:
-            return dora_weight(module, adapter)
+            return layer_weight(module, adapter)
         if adapter in module.lora_variant:
             kind = type(module.lora_variant[adapter]).__name__
             raise ParameterError(f"the effective weight of {name} with adapter {adapter!r} ({kind}) is not known")
-        delta = module.get_delta_weight(adapter)
-        return base + (delta.T if module.fan_in_fan_out else delta)
+        if getattr(module.get_base_layer(), "groups", 1) != 1:
+            raise ParameterError(f"the effective weight of {name}, a convolution of several groups, is not known")
+        return base + weight_rows(module, module.get_delta_weight(adapter)).flatten(1)
     return base
+
+
+def _rows(module: nn.Module | None, weight: Tensor) -> Tensor:
+    """Returns a weight, stored as such a module does, as a matrix with DoRA's rows."""
+    transposed = isinstance(getattr(module, "base_layer", module), (Conv1D, nn.Embedding))
+    return weight.T if transposed else weight.flatten(1)
 
 
 def _change(name: str, old: Tensor, new: Tensor) -> LayerChange:

@@ -55,5 +55,7 @@ class FrozenCache:
 
 
 def _is_frozen_parameter(weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     plain = isinstance(weight, nn.Parameter) and not weight.requires_grad
-    return plain and not weight.is_inference() and not weight.is_meta and not torch.compiler.is_compiling()
+    return plain and not weight.is_inference() and not weight.is_meta

@@ -10,23 +10,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bidora.config import check_config
-from bidora.dora import FROZEN_CACHE, ExactDoraVariant, dora_layers, dora_tensors, layer_row_norm
+from bidora.dora import FROZEN_CACHE
+from bidora.layers import DoraLayer, direction_names, layer_matrices, layer_norm
 from bidora.norm import zero_norm
+from bidora.variants import dora_layers, exact_variant, unsupported
 from bilevel.errors import ConfigError, ParameterError
 
 __all__ = ["ParameterRoles", "get_bidora_model", "parameter_roles", "use_exact_dora"]
-
-_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def get_bidora_model(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> PeftModel:
@@ -35,7 +32,11 @@ def get_bidora_model(model: nn.Module, config: LoraConfig, adapter_name: str = "
     Calls ``peft.get_peft_model``, which changes the model in place, and then :func:`use_exact_dora`. Each magnitude is
     set to ‖V‖ as the forward pass computes it (PEFT computes it in the base's precision), so with B = 0 the adapted
     model's output equals the base model's to the last bit. In rows where W₀ is zero B is not 0 but tiny (2e-14 in V),
-    which changes nothing here and keeps plain PEFT, which divides by the norm, from NaN.
+    which changes nothing here and keeps plain PEFT, which divides by the norm, from NaN. (In an embedding A is the one
+    that starts at 0, and one entry of it is tiny.)
+
+    Adapts nn.Linear, transformers' Conv1D, nn.Conv1d to nn.Conv3d (one group, no dilation, padded by zeros: see
+    :func:`bidora.variants.unsupported`) and nn.Embedding, whose magnitudes are one a dimension, as PEFT's.
 
     Adapter parameters are float32 (float64 in a float64 base). So are the copies of ``modules_to_save`` where the
     base is float16 or bfloat16: they then convert their inputs, and return float32.
@@ -49,8 +50,8 @@ def get_bidora_model(model: nn.Module, config: LoraConfig, adapter_name: str = "
         PEFT's model. What its ``save_pretrained`` writes is a plain DoRA adapter.
 
     Raises:
-        ConfigError: The configuration is none of DoRA's, matches no module, or one that is neither nn.Linear nor
-            transformers' Conv1D; or the model has adapters already. The model is then unchanged.
+        ConfigError: The configuration is none of DoRA's, matches no module, or one that cannot be adapted; or the
+            model has adapters already. The model is then unchanged.
     """
     check_config(config)
     config = copy.deepcopy(config)
@@ -86,27 +87,23 @@ def use_exact_dora(model: PeftModel) -> PeftModel:
         ConfigError: A DoRA layer is of an unsupported kind.
         ParameterError: There is no DoRA layer.
     """
-    found: list[tuple[LoraLinear, str]] = []
+    found: list[tuple[LoraLayer, str, LoraVariant]] = []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or not module.lora_magnitude_vector:
             continue
-        reason = _unsupported(module.get_base_layer())
-        if reason is None and type(module) is not LoraLinear:
-            reason = f"PEFT adapts it by {type(module).__name__}"
         for adapter in module.lora_magnitude_vector:
-            variant = module.lora_variant.get(adapter)
-            if reason is None and type(variant) not in (DoraLinearVariant, ExactDoraVariant):
-                reason = f"its variant is {type(variant).__name__}"
-            if reason is not None:
-                raise ConfigError(f"{name} cannot have the exact DoRA forward: {reason}. Take it out of target_modules")
-            assert isinstance(module, LoraLinear)
-            found.append((module, adapter))
+            variant = exact_variant(module, adapter)
+            if isinstance(variant, str):
+                raise ConfigError(
+                    f"{name} cannot have the exact DoRA forward: {variant}. Take it out of target_modules"
+                )
+            found.append((module, adapter, variant))
     if not found:
         raise ParameterError(
             f"{type(model).__name__} has no DoRA layer: adapt it by get_bidora_model, or load a DoRA adapter"
         )
-    for layer, adapter in found:
-        layer.lora_variant[adapter] = ExactDoraVariant()
+    for layer, adapter, variant in found:
+        layer.lora_variant[adapter] = variant
         layer._caches.pop(FROZEN_CACHE, None)
     return model
 
@@ -135,8 +132,8 @@ def parameter_roles(model: nn.Module) -> ParameterRoles:
     """
     direction: list[str] = []
     magnitude: list[str] = []
-    for name, _, adapter in dora_layers(model):
-        direction += [f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"]
+    for name, layer, adapter in dora_layers(model):
+        direction += [f"{name}.{own}" for own in direction_names(layer, adapter)]
         magnitude.append(f"{name}.lora_magnitude_vector.{adapter}.weight")
     if not magnitude:
         raise ParameterError(
@@ -184,7 +181,7 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
     if not matched:
         raise ConfigError(_no_match(model, config))
     for name, module in matched.items():
-        reason = _unsupported(module)
+        reason = unsupported(module)
         if reason is not None:
             raise ConfigError(
                 f"{name} cannot be adapted: {reason}. Give target_modules that match only such layers. "
@@ -192,22 +189,10 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
             )
 
 
-def _unsupported(module: nn.Module) -> str | None:
-    """Returns why a base layer cannot be adapted, or None."""
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        return f"it is a {type(module).__name__}; this version adapts nn.Linear and transformers' Conv1D"
-    weight = module.weight
-    if type(weight) is not nn.Parameter or weight.dtype not in _WEIGHT_DTYPES:
-        return (
-            f"its weight is a {type(weight).__name__} of {weight.dtype}, and quantised or sharded ones are unsupported"
-        )
-    return None
-
-
 def _no_match(model: nn.Module, config: LoraConfig) -> str:
     targets = config.target_modules or []
     patterns = [targets] if isinstance(targets, str) else sorted(targets)
-    names = _linear_names(model)
+    names = _adaptable_names(model)
     known = [*dict.fromkeys(name.rpartition(".")[2] for name in names), *names]
     near = [match for pattern in patterns for match in difflib.get_close_matches(pattern, known, n=1)]
     hint = f": did you mean {' and '.join(map(repr, dict.fromkeys(near)))}?" if near else "."
@@ -222,13 +207,15 @@ def _no_match(model: nn.Module, config: LoraConfig) -> str:
     )
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if name and isinstance(module, (nn.Linear, Conv1D))]
+def _adaptable_names(model: nn.Module) -> list[str]:
+    """Returns names of the modules that can be adapted, embeddings last."""
+    modules = [(name, module) for name, module in model.named_modules() if name and unsupported(module) is None]
+    return [name for name, module in sorted(modules, key=lambda item: isinstance(item[1], nn.Embedding))]
 
 
 def _candidates(model: nn.Module) -> str:
-    leaves = dict.fromkeys(name.rpartition(".")[2] for name in _linear_names(model))
-    return f"Linear modules of this model end in: {_listed(leaves) or 'none'}"
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in _adaptable_names(model))
+    return f"Modules of this model that can be adapted end in: {_listed(leaves) or 'none'}"
 
 
 def _listed(names: Iterable[str], limit: int = 20) -> str:
@@ -237,16 +224,25 @@ def _listed(names: Iterable[str], limit: int = 20) -> str:
     return ", ".join(map(repr, names[:limit])) + more
 
 
-def _initialise(layer: LoraLinear, adapter: str) -> None:
+def _initialise(layer: DoraLayer, adapter: str) -> None:
     """Sets m to ‖V‖, and V in zero rows to something that is zero to us and not to a division."""
-    _, (lora_A, lora_B, magnitude), scaling = dora_tensors(layer, adapter)
-    norm = layer_row_norm(layer, adapter)
+    weight, (lora_A, lora_B, magnitude), scaling = layer_matrices(layer, adapter)
+    norm = layer_norm(layer, adapter)
     magnitude.copy_(norm)
-    longest = int(lora_A.norm(dim=1).argmax())
-    length = abs(scaling) * float(lora_A[longest].norm())
     zero = norm == 0
-    if length > 0 and bool(zero.any()):
-        lora_B[zero, longest] = 0.1 * zero_norm(norm.dtype) / length
+    if scaling == 0 or not bool(zero.any()):
+        return
+    tiny = 0.1 * zero_norm(norm.dtype) / abs(scaling)
+    if isinstance(layer, Embedding):  # where PEFT starts with A = 0, and B random
+        inner = int(lora_B[zero].abs().amin(0).argmax())
+        length = float(lora_B[zero, inner].abs().max())
+        if length > 0 and not lora_A.any():
+            lora_A[inner, int(weight.norm(dim=0, dtype=norm.dtype).argmax())] = tiny / length
+        return
+    inner = int(lora_A.norm(dim=1).argmax())
+    length = float(lora_A[inner].norm())
+    if length > 0:
+        lora_B[zero, inner] = tiny / length
 
 
 def _promote(head: nn.Module) -> None:

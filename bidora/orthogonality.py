@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from bidora.dora import dora_layers, dora_tensors, remembered
+from bidora.layers import layer_matrices, remembered
 from bidora.norm import (
     accumulation_dtype,
     autocast_off,
@@ -16,6 +16,7 @@ from bidora.norm import (
     values_are_visible,
     zero_norm,
 )
+from bidora.variants import dora_layers
 from bilevel.errors import ParameterError
 
 __all__ = ["direction_orthogonality", "orthogonality"]
@@ -24,15 +25,16 @@ __all__ = ["direction_orthogonality", "orthogonality"]
 def orthogonality(model: nn.Module) -> Tensor:
     """Returns the mean of :func:`direction_orthogonality` over the DoRA layers of the active adapter: a scalar.
 
-    Depends on A and B, not on m. Twice differentiable. Evaluated in float32 or better. W₀W₀ᵀ is remembered for layers
-    with out ≤ in, which takes no more memory than their weights in that precision.
+    The rows are a convolution's filters, and an embedding's dimensions. Depends on A and B, not on m. Twice
+    differentiable. Evaluated in float32 or better. W₀W₀ᵀ is remembered for layers with out ≤ in, which takes no more
+    memory than their weights in that precision.
 
     Raises:
         ParameterError: No layer has the exact DoRA forward.
     """
     penalties = []
     for _, layer, adapter in dora_layers(model):
-        weight, (lora_A, lora_B, _), scaling = dora_tensors(layer, adapter)
+        weight, (lora_A, lora_B, _), scaling = layer_matrices(layer, adapter)
         gram = None
         if weight.shape[0] <= weight.shape[1]:
             dtype = accumulation_dtype(weight, lora_A, lora_B)

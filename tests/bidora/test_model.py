@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from bidora.config import BiDoRAConfig
-from bidora.dora import dora_layers
 from bidora.model import get_bidora_model, parameter_roles, use_exact_dora
+from bidora.variants import dora_layers
 from bilevel.errors import ConfigError, ParameterError
 
 Make = Callable[..., nn.Module]
@@ -422,7 +422,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
         (["querry"], "'querry' match no module of the BertFor.*did you mean 'query'.*'query', 'key', 'value', 'dense'"),
         (r".*\.q_proj", "match no module.*end in: 'query'"),
         (["embeddings.LayerNorm"], "LayerNorm cannot be adapted: it is a LayerNorm; this version adapts nn.Linear"),
-        (["query", "word_embeddings"], "word_embeddings cannot be adapted: it is a Embedding"),
+        (["query", "word_embeddings", "LayerNorm"], "LayerNorm cannot be adapted: .*'classifier', 'word_emb"),
         (["classifier"], "'classifier'.*match no module.*modules_to_save"),
     ],
 )
@@ -443,9 +443,9 @@ def test_a_target_that_the_task_saves_whole_is_refused(make_bert: Make) -> None:
         get_bidora_model(make_bert(), BiDoRAConfig(target_modules=["classifier"], task_type="SEQ_CLS"))
 
 
-def test_convolutions_are_refused_by_name() -> None:
-    model = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(ConfigError, match="0 cannot be adapted: it is a Conv1d"):
+def test_other_convolutions_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.ConvTranspose1d(3, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ConfigError, match="0 cannot be adapted: it is a ConvTranspose1d"):
         get_bidora_model(model, BiDoRAConfig(target_modules=["0", "2"]))
 
 
@@ -474,7 +474,9 @@ def test_a_model_with_adapters_is_refused(make_bert: Make) -> None:
         get_bidora_model(adapted.get_base_model(), make_config("bert"))
 
 
-def test_loaded_dora_on_an_embedding_is_refused_by_name(make_bert: Make) -> None:
-    plain = get_peft_model(make_bert(), LoraConfig(use_dora=True, target_modules=["query", "word_embeddings"]))
-    with pytest.raises(ConfigError, match="word_embeddings cannot have the exact DoRA forward: it is a Embedding"):
+def test_loaded_dora_on_another_kind_of_layer_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.warns(UserWarning, match="groups"):
+        plain = get_peft_model(model, LoraConfig(r=2, use_dora=True, target_modules=["0", "1"]))
+    with pytest.raises(ConfigError, match=r"1 cannot have the exact DoRA forward: it has groups=2.*Take it out"):
         use_exact_dora(plain)
