@@ -36,6 +36,9 @@ from bilevel.hypergrad import available_methods
 INNER_STEPS, INNER_RATE, TRAIN = 5, 0.5, 600
 # Every method with its defaults, and the settings whose price or gain is worth knowing.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "finite_difference": ({}, {"difference": "forward", "center": "old"}),
+    "identity": ({}, {"center": "old"}),
+    "one_step": ({}, {"memory": "graph"}),
     "neumann": ({}, {"warm_start": True}, {"preconditioner": "nystrom"}),
     "conjugate_gradient": (
         {},

@@ -37,6 +37,8 @@ WORDS = {
     "rank=50": "rank 50",
     "memory='graph'": "graph",
     "mode='forward'": "forward",
+    "difference='forward'": "forward",
+    "center='old'": "old point",
     "multiplier=100.0": "multiplier 100",
 }
 

@@ -14,7 +14,26 @@ from torch.autograd.graph import Node
 from bilevel.errors import LossError
 from bilevel.vector import Tensors
 
-__all__ = ["Obstacle", "obstacles", "refuse_obstacles", "refuse_once_differentiable", "second_derivative_errors"]
+__all__ = [
+    "NoSecondDerivativeError",
+    "Obstacle",
+    "obstacles",
+    "refuse_obstacles",
+    "refuse_once_differentiable",
+    "second_derivative_errors",
+]
+
+
+class NoSecondDerivativeError(LossError):
+    """A loss that cannot be differentiated twice.
+
+    Attributes:
+        reason: Which operation stands in the way.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -56,10 +75,11 @@ def _no_second_derivative(
     reason: str,
     remedy: str = "replace the operation (for attention: the math back end, "
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or eager attention)",
-) -> LossError:
-    return LossError(
+) -> NoSecondDerivativeError:
+    return NoSecondDerivativeError(
         f"the loss of {name} cannot be differentiated twice: {reason}. Give the method products='finite_difference', "
-        f"or use method 'finite_difference': both need first derivatives only. Or {remedy}."
+        f"or use method 'finite_difference': both need first derivatives only. Or {remedy}.",
+        reason,
     )
 
 

@@ -34,6 +34,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 PUBLIC = {
     "AmIGO",
+    "Automatic",
     "BOME",
     "BilevelError",
     "Callback",

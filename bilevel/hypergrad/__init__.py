@@ -1,6 +1,7 @@
 """Best-response vector–Jacobian products, one family a file."""
 
 from bilevel.hypergrad.amigo import AmIGO
+from bilevel.hypergrad.automatic import Automatic
 from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State, StepGraph
 from bilevel.hypergrad.bome import BOME
 from bilevel.hypergrad.certificate import Certificate
@@ -36,6 +37,7 @@ __all__ = [
     "SOBA",
     "TTSA",
     "AmIGO",
+    "Automatic",
     "Certificate",
     "ConjugateGradient",
     "Estimator",

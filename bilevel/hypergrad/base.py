@@ -141,6 +141,8 @@ class Estimator(ABC):
     """Whether the inner loss must be twice differentiable by autograd."""
     needs_trajectory: ClassVar[bool] = False
     """Whether the inner problem's updates must be recorded."""
+    needs_update: ClassVar[bool] = True
+    """Whether recorded updates are made again or differentiated, so that the optimiser's own must be known."""
     follows_start: ClassVar[bool] = False
     """Whether the derivative goes through outer parameters from which the updates started."""
 

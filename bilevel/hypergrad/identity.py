@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from bilevel.functional import Evaluate
-from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
-from bilevel.products import GradientGraph
-from bilevel.result import SolveInfo, Status
-from bilevel.vector import Tensors, is_finite
+from bilevel.hypergrad.base import Estimator, InnerProblem, Response
+from bilevel.hypergrad.mixed_product import CENTERS, IdentityResponse
+from bilevel.validation import check_choice
 
 __all__ = ["Identity"]
 
@@ -21,36 +19,47 @@ class Identity(Estimator):
     The quantity that :class:`~bilevel.FiniteDifference` approximates, without its ε. Source: Luketina et al., ICML
     2016 (arXiv 1511.06727), T1–T2 with the step size left to the outer learning rate.
 
-    Cost: 1 forward and 1 backward pass with graph, 1 product.
+    Attributes:
+        center: Where ``∂²f/∂w∂λ`` is taken. ``"new"``: at the present inner parameters. ``"old"``, in an engine: at
+            those from which the last inner step was made, on its batch and with its random numbers, and on the graph of
+            the step's own gradient, which is kept for it. v is taken at the new parameters either way, so that
+            ``"old"`` is off by the step's length times ``∂³f/∂w²∂λ``; it is the direction in which this very step
+            depends on λ (:class:`~bilevel.OneStep` without the learning rate). The graph is freed with the outer
+            update; ``Engine.hypergradient()`` after it evaluates the old point again.
+
+    Raises:
+        ConfigError: ``center="old"`` as a function or before the first step, where no step is known.
+
+    Cost: 1 forward and 1 backward pass with graph, 1 product. With ``center="old"`` in an engine 1 product, while the
+    graph of the inner gradient, a few times as large as that of the loss, is held through the outer loss's passes.
     """
+
+    center: str = field(default="new", kw_only=True)
 
     name: ClassVar[str] = "identity"
     summary: ClassVar[str] = "identity for the inverse Hessian, exact mixed product"
-    cost: ClassVar[str] = "1 forward, 1 backward with graph, 1 product"
+    cost: ClassVar[str] = "1 forward, 1 backward with graph, 1 product; center='old': 1 product"
     needs: ClassVar[str] = "double backward"
-    storage: ClassVar[str] = "the gradient's graph"
+    storage: ClassVar[str] = "the gradient's graph; center='old': through the outer loss's passes too"
     purpose: ClassVar[str] = "large models trained a step or a few per outer step; a direction, not a length"
+    needs_update: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Validates the field."""
+        check_choice("Identity", "center", self.center, CENTERS)
+        # What a configuration needs depends on its fields; the class says what its default needs.
+        object.__setattr__(self, "needs_trajectory", self.keeps_graph)
+
+    @property
+    def recorded_steps(self) -> int | None:
+        """The last one, for the old point."""
+        return 1 if self.center == "old" else None
+
+    @property
+    def keeps_graph(self) -> bool:
+        """For the product at the old point."""
+        return self.center == "old"
 
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`. Nothing is computed until the pullback."""
-        return _IdentityResponse(problem)
-
-
-@dataclass(frozen=True)
-class _IdentityResponse(Response):
-    problem: InnerProblem
-
-    @property
-    def point(self) -> Tensors:  # type: ignore[override]
-        return self.problem.inner
-
-    def pullback(self, cotangent: Tensors, state: State) -> Pullback:
-        inner, outer = self.problem.inner, self.problem.outer
-
-        def body(evaluate: Evaluate) -> Tensors:
-            graph = GradientGraph(self.problem.objective, evaluate, inner, outer)
-            return graph.mixed(graph.select(cotangent))
-
-        mixed = self.problem.objective.within(inner, outer, body)
-        status = Status.NOT_APPLICABLE if is_finite(mixed) else Status.DIVERGED
-        return Pullback(negative(mixed), SolveInfo(status, products=1, method=Identity.name), state)
+        return IdentityResponse(self, problem, self.center)

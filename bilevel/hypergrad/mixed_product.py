@@ -1,4 +1,8 @@
-"""The mixed product ``qᵀ ∂²f/∂w∂λ`` in the three ways that need no Hessian: exactly, and by differences."""
+"""The mixed product ``qᵀ ∂²f/∂w∂λ`` in the three ways that need no Hessian: exactly, and by differences.
+
+Two points come into question: where an inner step ended (``"new"``), and where it started (``"old"``), whose gradient
+the step has taken already.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bilevel.double_backward import second_derivative_errors
+from bilevel.errors import ConfigError
 from bilevel.functional import (
     Evaluate,
     Objective,
@@ -16,12 +22,24 @@ from bilevel.functional import (
     leaves,
     require_finite,
 )
+from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State, StepGraph, negative
 from bilevel.products import TOLERATED_ROUNDING, GradientGraph, difference_length, displaced, displacement_error
-from bilevel.result import Status
+from bilevel.result import SolveInfo, Status
 from bilevel.vector import Tensors, is_finite, norm, promote, zeros_like
 
-__all__ = ["DIFFERENCES", "MixedProduct", "forward_length", "mixed_product"]
+__all__ = [
+    "CENTERS",
+    "DIFFERENCES",
+    "IdentityResponse",
+    "MixedProduct",
+    "check_center",
+    "forward_length",
+    "mixed_product",
+    "mixed_product_at",
+    "pulled_back",
+]
 
+CENTERS = ("old", "new")
 DIFFERENCES = ("exact", "central", "forward")
 
 
@@ -33,15 +51,56 @@ class MixedProduct:
         value: One tensor for each outer parameter.
         status: ``NOT_APPLICABLE``, or what went wrong.
         products: Products, or the gradient passes of a difference.
-        message: ε and what rounding did.
-        inner_gradient_norm: ``‖∂f/∂w‖`` where it was seen.
+        message: ε and what rounding did; which graph was used, where there was a choice.
+        gradient: ``∂f/∂w`` where it was seen.
     """
 
     value: Tensors
     status: Status = Status.NOT_APPLICABLE
     products: int = 0
     message: str = ""
-    inner_gradient_norm: float = math.nan
+    gradient: Tensors | None = None
+
+
+def check_center(owner: str, center: str, difference: str) -> None:
+    """Raises for a forward difference at the new point.
+
+    Raises:
+        ConfigError: See above.
+    """
+    if difference == "forward" and center == "new":
+        raise ConfigError(
+            f"{owner}: difference='forward' reuses what the step's own backward pass found, at center='old'. At "
+            "center='new' use difference='central', which costs no more there and is more accurate."
+        )
+
+
+def mixed_product_at(
+    problem: InnerProblem, step: InnerStep | None, q: Tensors, *, center: str, difference: str, epsilon: float | str
+) -> MixedProduct:
+    """Returns ``qᵀ ∂²f/∂w∂λ`` at the new inner parameters, or where a step started, on its batch and random numbers.
+
+    Args:
+        problem: The inner problem, whose inner parameters are the new ones.
+        step: The step; not needed for the new ones.
+        q: See :func:`mixed_product`.
+        center: One of :data:`CENTERS`.
+        difference: See :func:`mixed_product`.
+        epsilon: See :func:`mixed_product`.
+    """
+    if center == "new":
+        return mixed_product(problem.objective, problem.inner, problem.outer, q, difference=difference, epsilon=epsilon)
+    assert step is not None
+    return mixed_product(
+        step.objective,
+        step.inner,
+        problem.outer,
+        q,
+        difference=difference,
+        epsilon=epsilon,
+        base=step.outer_gradient,
+        graph=step.graph,
+    )
 
 
 def mixed_product(
@@ -53,10 +112,12 @@ def mixed_product(
     difference: str,
     epsilon: float | str = "auto",
     base: Tensors | None = None,
+    graph: StepGraph | None = None,
 ) -> MixedProduct:
     """Returns ``qᵀ ∂²f/∂w∂λ`` at one point.
 
-    ``"exact"`` pulls q back through a graph of ``∂f/∂w``: 1 forward pass, 1 backward pass with graph, 1 product.
+    ``"exact"`` pulls q back through a graph of ``∂f/∂w``: 1 forward pass, 1 backward pass with graph, 1 product; the
+    product alone where the graph is known.
     ``"central"`` is ``(∂f/∂λ(w + hq) − ∂f/∂λ(w − hq)) / 2h`` with ``h = ε / ‖q‖``: 2 forward and 2 backward passes, an
     error of ``‖q‖ ε² M₃ / 6`` for a bound M₃ of the third derivative of ``∂f/∂λ`` along ``q / ‖q‖``. ``"forward"`` is
     ``(∂f/∂λ(w + hq) − ∂f/∂λ(w)) / h``: 1 and 1 where ``∂f/∂λ(w)`` is known, an error of ``‖q‖ ε M₂ / 2``. Rounding adds
@@ -70,9 +131,10 @@ def mixed_product(
         difference: One of :data:`DIFFERENCES`.
         epsilon: ε, the length of the displacement, or ``"auto"``.
         base: ``∂f/∂λ`` at w on the same batch with the same random numbers, where it is known; for ``"forward"``.
+        graph: The graph of ``∂f/∂w`` at w, likewise, where it was kept; for ``"exact"``. It is kept further.
     """
     if difference == "exact":
-        return _exact(objective, inner, outer, q)
+        return _exact(objective, inner, outer, q) if graph is None else _kept(objective, graph, outer, q)
     size = float(norm(q))
     if size == 0.0:
         return MixedProduct(zeros_like(outer))
@@ -114,16 +176,40 @@ def forward_length(epsilon: float | str, inner: Tensors, size: float | None = No
 
 
 def _exact(objective: Objective, inner: Tensors, outer: Tensors, q: Tensors) -> MixedProduct:
-    point = leaves(inner)
+    point = inner if all(part.requires_grad for part in inner) else leaves(inner)
 
-    def body(evaluate: Evaluate) -> tuple[Tensors, float]:
+    def body(evaluate: Evaluate) -> tuple[Tensors, Tensors]:
         graph = GradientGraph(objective, evaluate, point, outer)
-        size = float(norm([part.detach() for part in graph.gradient]))
-        return graph.mixed(graph.select(q)), size
+        return graph.mixed(graph.select(q)), tuple(part.detach() for part in graph.gradient)
 
-    value, size = objective.within(point, outer, body)
-    status = Status.NOT_APPLICABLE if is_finite(value) else Status.DIVERGED
-    return MixedProduct(value, status, 1, inner_gradient_norm=size)
+    value, found = objective.within(point, outer, body)
+    return MixedProduct(value, _finite(value), 1, gradient=found)
+
+
+def _kept(objective: Objective, graph: StepGraph, outer: Tensors, q: Tensors) -> MixedProduct:
+    """Pulls q back through a gradient that a step has left, where activation checkpointing finds the step's values."""
+
+    def body(_: Evaluate) -> Tensors:
+        return pulled_back(objective, graph.gradient, q, outer, retain=True)
+
+    value = objective.within(graph.inner, outer, body)
+    return MixedProduct(value, _finite(value), 1, "on the graph of the step's own gradient")
+
+
+def pulled_back(objective: Objective, field: Tensors, bars: Tensors, inputs: Tensors, *, retain: bool) -> Tensors:
+    """Returns ``(∂g/∂inputs)ᵀ bar`` for a gradient g with its graph, reduced over ranks; counts one backward pass."""
+    pairs = [(g, bar.to(g.dtype)) for g, bar in zip(field, bars, strict=True) if g.requires_grad]
+    if not pairs or not inputs:  # f is linear in w with constant coefficients
+        return zeros_like(inputs)
+    heads, cotangents = zip(*pairs, strict=True)
+    with second_derivative_errors(objective.name):
+        found = torch.autograd.grad(heads, inputs, cotangents, retain_graph=retain, allow_unused=True)
+    objective.passes.backward += 1
+    return objective.reduce(dense_gradient(found, inputs))
+
+
+def _finite(value: Tensors) -> Status:
+    return Status.NOT_APPLICABLE if is_finite(value) else Status.DIVERGED
 
 
 def _require_dependence(objective: Objective, inner: Tensors, outer: Tensors) -> None:
@@ -144,3 +230,55 @@ def _outer_gradient(objective: Objective, inner: Tensors, outer: Tensors) -> Ten
     point = tuple(part.requires_grad_() for part in inner)
     grads = objective.within(point, outer, lambda evaluate: gradient(evaluate(), outer, objective))
     return dense_gradient(grads, outer)
+
+
+@dataclass(frozen=True)
+class IdentityResponse(Response):
+    """The response with ``H⁻¹ ≈ I``: minus the mixed product with the cotangent itself.
+
+    Attributes:
+        estimator: Whose it is, for its name.
+        problem: The inner problem.
+        center: See :func:`mixed_product_at`.
+        difference: See :func:`mixed_product`.
+        epsilon: See :func:`mixed_product`.
+
+    Raises:
+        ConfigError: ``center="old"`` where no step was recorded.
+    """
+
+    estimator: Estimator
+    problem: InnerProblem
+    center: str = "new"
+    difference: str = "exact"
+    epsilon: float | str = "auto"
+
+    def __post_init__(self) -> None:
+        """Makes sure that there is an old point."""
+        if self.center == "old" and not self.problem.trajectory:
+            raise ConfigError(
+                f"method {self.estimator} takes its product where the last inner step started, and no engine has "
+                "recorded one: as a function use center='new', or OneStep(learning_rate=…), which makes a step"
+            )
+
+    @property
+    def point(self) -> Tensors:  # type: ignore[override]
+        """The inner parameters as they are."""
+        return self.problem.inner
+
+    def pullback(self, cotangent: Tensors, state: State) -> Pullback:
+        """See :meth:`Response.pullback`."""
+        step = self.problem.trajectory[-1] if self.center == "old" else None
+        found = mixed_product_at(
+            self.problem,
+            step,
+            promote(cotangent),
+            center=self.center,
+            difference=self.difference,
+            epsilon=self.epsilon,
+        )
+        message = found.message
+        if step is not None:
+            message = "; ".join(part for part in ("at the inner parameters before the last step", message) if part)
+        info = SolveInfo(found.status, products=found.products, method=self.estimator.name, message=message)
+        return Pullback(negative(found.value), info, state)

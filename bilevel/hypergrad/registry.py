@@ -9,6 +9,7 @@ from typing import Any
 
 from bilevel.errors import ConfigError, unknown_name
 from bilevel.hypergrad.amigo import AmIGO
+from bilevel.hypergrad.automatic import Automatic
 from bilevel.hypergrad.base import Estimator
 from bilevel.hypergrad.bome import BOME
 from bilevel.hypergrad.conjugate_gradient import ConjugateGradient
@@ -37,6 +38,7 @@ _BUILT_IN: tuple[type[Estimator], ...] = (
     # H⁻¹ ≈ I, or one step
     FiniteDifference,
     Identity,
+    Automatic,
     OneStep,
     SAMA,
     # the linear system

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bilevel.errors import ConfigError, NonFiniteError
 from bilevel.functional import Evaluate, dense_gradient, gradient, independent, leaves, require_finite
-from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State
-from bilevel.hypergrad.mixed_product import DIFFERENCES, MixedProduct, mixed_product
+from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State, StepGraph
+from bilevel.hypergrad.mixed_product import CENTERS, DIFFERENCES, MixedProduct, check_center, mixed_product_at
 from bilevel.optim import Update
 from bilevel.result import SolveInfo
 from bilevel.validation import check_choice, check_number
@@ -40,26 +40,33 @@ class SingleStep(Estimator):
             and central differences cost the same.
         epsilon: ε of the differences, the length of the displacement of the inner parameters, or ``"auto"``:
             ``u^(1/3) · sqrt(1 + ‖w‖)`` (central) or ``u^(1/2) · sqrt(1 + ‖w‖)`` (forward) with the round-off u.
+        memory: For ``center="old"`` with ``difference="exact"``. ``"replay"``: the step's gradient is taken again, with
+            its graph. ``"graph"``: the step itself is made with the graph of its gradient, which is kept until the
+            product has been taken on it; the same number for 1 forward and 1 backward pass less. In an engine the graph
+            is freed with the outer update; ``Engine.hypergradient()`` after it replays.
     """
 
     center: str = field(default="old", kw_only=True)
     difference: str = field(default="exact", kw_only=True)
     epsilon: float | str = field(default="auto", kw_only=True)
+    memory: str = field(default="replay", kw_only=True)
 
     needs_trajectory: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Validates the shared fields; a subclass calls it."""
         owner = type(self).__name__
-        check_choice(owner, "center", self.center, ("old", "new"))
+        check_choice(owner, "center", self.center, CENTERS)
         check_choice(owner, "difference", self.difference, DIFFERENCES)
         check_number(owner, "epsilon", self.epsilon, minimum=0.0, exclusive=True, auto=True)
         if self.difference == "exact" and self.epsilon != "auto":
             raise ConfigError(f"{owner}.epsilon belongs to difference='central' or 'forward'")
-        if self.difference == "forward" and self.center == "new":
+        check_center(owner, self.center, self.difference)
+        check_choice(owner, "memory", self.memory, ("replay", "graph"))
+        if self.memory == "graph" and (self.center, self.difference) != ("old", "exact"):
             raise ConfigError(
-                f"{owner}: difference='forward' reuses what the step's own backward pass found, at center='old'. At "
-                "center='new' use difference='central', which costs no more there and is more accurate."
+                f"{owner}: memory='graph' keeps the graph of the step's own gradient, which center='old' with "
+                "difference='exact' takes the product on: set both, or leave memory out"
             )
         # What a configuration needs depends on its fields; the class says what its default needs.
         object.__setattr__(self, "needs_double_backward", self.difference == "exact")
@@ -74,6 +81,11 @@ class SingleStep(Estimator):
         """For forward differences."""
         return self.difference == "forward"
 
+    @property
+    def keeps_graph(self) -> bool:
+        """For exact products on the step's own graph."""
+        return self.memory == "graph"
+
     @abstractmethod
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`."""
@@ -84,13 +96,7 @@ class SingleStep(Estimator):
 
     def product(self, problem: InnerProblem, step: InnerStep | None, q: Tensors) -> MixedProduct:
         """Returns ``qᵀ ∂²f/∂w∂λ`` at the centre."""
-        objective, inner, base = problem.objective, problem.inner, None
-        if self.center == "old":
-            assert step is not None
-            objective, inner, base = step.objective, step.inner, step.outer_gradient
-        return mixed_product(
-            objective, inner, problem.outer, q, difference=self.difference, epsilon=self.epsilon, base=base
-        )
+        return mixed_product_at(problem, step, q, center=self.center, difference=self.difference, epsilon=self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,8 @@ class SingleStepResponse(Response):
         """See :meth:`Response.pullback`."""
         q = self.estimator.direction(self.step, promote(cotangent))
         found = self.estimator.product(self.problem, self.step, q)
-        size = found.inner_gradient_norm
-        if math.isnan(size) and self.step is not None and self.step.gradient is not None:
-            size = float(norm(self.step.gradient))
+        inner = found.gradient if found.gradient is not None or self.step is None else self.step.gradient
+        size = math.nan if inner is None else float(norm(inner))
         info = SolveInfo(
             found.status,
             iterations=1,
@@ -125,29 +130,38 @@ def taken(estimator: SingleStep, problem: InnerProblem, update: Update, memory: 
 
     Cost: 1 forward and 1 backward pass, to the outer parameters too where forward differences want that.
     """
-    objective, inner = problem.objective, leaves(problem.inner)
-    inputs = inner + (problem.outer if estimator.needs_outer_gradient else ())
+    old = tuple(part.detach() for part in problem.inner)
+    step = _graded(estimator, problem, InnerStep(problem.objective, old, memory, update))
+    if estimator.center == "new":
+        return step, problem.inner
+    assert step.gradient is not None
+    with torch.no_grad():
+        end, _ = update(old, step.gradient, memory)
+    if not is_finite(end):
+        raise NonFiniteError(
+            f"one step on the loss of {problem.objective.name} ends in NaN or infinity: lower learning_rate of method "
+            f"{estimator.name!r}"
+        )
+    return step, leaves(end)
+
+
+def _graded(estimator: SingleStep, problem: InnerProblem, step: InnerStep) -> InnerStep:
+    """Returns a step with its gradient, and with what else of it the method wants."""
+    objective, inner, outer = problem.objective, leaves(problem.inner), problem.outer
+    inputs = inner + (outer if estimator.needs_outer_gradient else ())
 
     def body(evaluate: Evaluate) -> tuple[Tensor | None, ...]:
         value = evaluate()
         require_finite(value, objective.name)
-        return gradient(value, inputs, objective)
+        return gradient(value, inputs, objective, create_graph=estimator.keeps_graph)
 
-    grads = objective.within(inner, problem.outer, body)
+    grads = objective.within(inner, outer, body)
     if all(grad is None for grad in grads[: len(inner)]):
         raise independent(objective.name)
     dense = dense_gradient(grads, inputs)
-    old = tuple(part.detach() for part in inner)
-    step = InnerStep(objective, old, memory, update, dense[: len(inner)])
-    if estimator.needs_outer_gradient:
-        step = replace(step, outer_gradient=dense[len(inner) :])
-    if estimator.center == "new":
-        return step, problem.inner
-    with torch.no_grad():
-        end, _ = update(old, dense[: len(inner)], memory)
-    if not is_finite(end):
-        raise NonFiniteError(
-            f"one step on the loss of {objective.name} ends in NaN or infinity: lower learning_rate of method "
-            f"{estimator.name!r}"
-        )
-    return step, leaves(end)
+    if estimator.keeps_graph:
+        # A gradient with graph is this rank's own; the update takes the mean.
+        values = objective.reduce(tuple(grad.detach() for grad in dense))
+        return replace(step, gradient=values, graph=StepGraph(inner, dense))
+    further = dense[len(inner) :] if estimator.needs_outer_gradient else None
+    return replace(step, gradient=dense[: len(inner)], outer_gradient=further)

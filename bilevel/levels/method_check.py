@@ -85,8 +85,20 @@ def check_method(problem: Problem, estimator: Estimator, precision: str, depende
         raise ConfigError(
             f"method {estimator.name!r} consumes the updates of problem {problem.name!r}, which has no optimizer"
         )
-    update_of(problem.optimizer, problem.parameters)
-    extras = {"max_grad_norm": problem.max_grad_norm is not None, "project()": problem.projects}
+    extras = {"project()": problem.projects}
+    if estimator.needs_update:
+        update_of(problem.optimizer, problem.parameters)
+        extras["max_grad_norm"] = problem.max_grad_norm is not None
+    elif dependencies.depth(problem.name) > 1:
+        raise ConfigError(
+            f"method {estimator} takes its product where a step of problem {problem.name!r} started, but that is below "
+            "a problem that is itself differentiated through, around where both stand: use center='new'"
+        )
+    elif problem.projects or problem.restricts:
+        raise ConfigError(
+            f"method {estimator} takes its product where a step of problem {problem.name!r} started, and its project() "
+            "or response_loss() is made for where it ended: use center='new'"
+        )
     for what, present in extras.items():
         if present and not isinstance(estimator, (InnerUpdates, SAMA)):
             raise ConfigError(
@@ -127,14 +139,18 @@ def _check_graph(problem: Problem, estimator: Estimator, precision: str, depende
     if precision != "float32":
         raise ConfigError(
             f"method {estimator} keeps the graphs of training passes, which precision={precision!r} takes in "
-            "that precision, and products are to be taken in float32 or better: use memory='replay'"
+            f"that precision, and products are to be taken in float32 or better: use {_without_graph(estimator)}"
         )
     if dependencies.lower[problem.name]:
         below = ", ".join(sorted(dependencies.lower[problem.name]))
         raise ConfigError(
             f"method {estimator} keeps the graphs of training passes, but the gradient of problem {problem.name!r} "
-            f"goes through the problems below it ({below}): use memory='replay'"
+            f"goes through the problems below it ({below}): use {_without_graph(estimator)}"
         )
+
+
+def _without_graph(estimator: Estimator) -> str:
+    return "memory='replay'" if "memory" in estimator.describe() else "center='new'"
 
 
 def _check_function_fields(problem: Problem, estimator: Estimator) -> None:

@@ -10,9 +10,10 @@ from bilevel.hypergrad import State
 from bilevel.levels.differentiate import Differentiator
 from bilevel.levels.records import InnerRecord, LossGradient, RecordedUpdate, Settled
 from bilevel.levels.step_graph import take_with_graph
-from bilevel.optim import clipped, projected, update_of
+from bilevel.optim import Update, clipped, projected, update_of
 from bilevel.problems.base import Problem
 from bilevel.randomness import States
+from bilevel.vector import Tensors
 
 __all__ = ["Recorder"]
 
@@ -76,11 +77,7 @@ class Recorder:
             others = above if wanted else ()
             result, graph = self.differentiator.total(problem, batches, records, states, active, others), None
         # Read now: a loss may set the learning rate that its own update is made with.
-        update, memory = update_of(problem.optimizer, problem.parameters)
-        if problem.max_grad_norm is not None:
-            update = clipped(update, problem.max_grad_norm)
-        if problem.projects:
-            update = projected(update, problem.project)
+        update, memory = _followed(problem) if estimator.needs_update else (_not_followed, ())
         step = RecordedUpdate(
             batches, generators, inner, memory, update, buffers, graph=graph, first=first, below=below
         )
@@ -88,3 +85,19 @@ class Recorder:
             return result, step
         versions = {id(p): p._version for name in result.others for p in parts.problems[name].parameters}
         return result, replace(step, gradient=result.gradient, outer_gradient=result.others, outer_versions=versions)
+
+
+def _followed(problem: Problem) -> tuple[Update, Tensors]:
+    """Returns the optimiser's update with all that is done to it, and copies of its memory."""
+    assert problem.optimizer is not None
+    update, memory = update_of(problem.optimizer, problem.parameters)
+    if problem.max_grad_norm is not None:
+        update = clipped(update, problem.max_grad_norm)
+    if problem.projects:
+        update = projected(update, problem.project)
+    return update, memory
+
+
+def _not_followed(inner: Tensors, gradient: Tensors, memory: Tensors) -> tuple[Tensors, Tensors]:
+    """Stands for the update where a method asks for the start and the gradient of a step only."""
+    raise AssertionError("the update was not recorded")

@@ -25,7 +25,7 @@ from bilevel.functional import (
     gradient,
     leaves,
 )
-from bilevel.hypergrad import Estimator, FiniteDifference, Identity, InnerProblem, InnerStep, Nystrom
+from bilevel.hypergrad import Automatic, Estimator, FiniteDifference, Identity, InnerProblem, InnerStep, Nystrom
 from bilevel.implicit_function import AdjointRule, obstacle
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors, subtract
@@ -132,7 +132,7 @@ def method_again(estimator: Estimator, default: Estimator) -> Estimator:
 
     ``H⁻¹ ≈ I`` is a solver too: what is left out of the first derivative is left out of the further ones.
     """
-    if isinstance(estimator, FiniteDifference):
+    if isinstance(estimator, (Automatic, FiniteDifference)):
         return Identity()
     if isinstance(estimator, Identity) or (isinstance(estimator, Nystrom) and estimator.products == "autodiff"):
         return estimator

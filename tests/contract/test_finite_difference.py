@@ -181,6 +181,15 @@ def test_works_with_attention_that_has_no_double_backward() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
+def test_a_forward_difference_needs_the_point_whose_gradient_is_known() -> None:
+    with pytest.raises(ConfigError, match=r"difference='forward' reuses.*center='old'.*use difference='central'"):
+        FiniteDifference(difference="forward")
+    with pytest.raises(ConfigError, match=r"FiniteDifference\.difference 'exact'\. Choices: 'central', 'forward'"):
+        FiniteDifference(difference="exact")
+    with pytest.raises(ConfigError, match=r"unknown value of FiniteDifference\.center 'there'"):
+        FiniteDifference(center="there")
+
+
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, "small", float("inf"), True])
 def test_epsilon_is_validated(epsilon: object) -> None:
     expected = re.escape(f"FiniteDifference.epsilon must be a finite number above 0 or 'auto', not {epsilon!r}")

@@ -5,7 +5,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel import Estimator, Hypergradient, Identity, Status
+from bilevel import Estimator, FiniteDifference, Hypergradient, Identity, Status, argmin, hypergradient
+from bilevel.errors import ConfigError
 from tests.bilevel.strategies import samples
 from tests.contract.contract import EstimatorContract, Sample, forall, operator_norm, solve
 
@@ -38,6 +39,19 @@ def test_is_the_mixed_product_with_the_cotangent(sample: Sample) -> None:
     assert torch.tensor(result.info.residual).isnan()
 
 
-def test_takes_no_fields() -> None:
+def test_fields_are_named_and_checked() -> None:
     with pytest.raises(TypeError):
-        Identity(1)  # type: ignore[call-arg]
+        Identity("old")  # type: ignore[misc]
+    with pytest.raises(ConfigError, match=r"unknown value of Identity\.center 'middle'"):
+        Identity(center="middle")
+
+
+@pytest.mark.parametrize("method", [Identity(center="old"), FiniteDifference(center="old", difference="forward")])
+def test_the_old_point_is_that_of_an_engines_step(method: Estimator) -> None:
+    # As a function no step was made: what is given may be any point.
+    w = lam = torch.ones(2)
+    loss = lambda w, lam: ((w - lam) ** 2).sum()  # noqa: E731
+    with pytest.raises(ConfigError, match=r"center='old'.*no engine has recorded one.*center='new', or OneStep"):
+        hypergradient(loss, loss, w, lam.clone(), method)
+    with pytest.raises(ConfigError, match="no engine has recorded one"):
+        argmin(loss, method)(lambda lam: lam.clone())(lam.clone().requires_grad_())

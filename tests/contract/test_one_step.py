@@ -19,6 +19,7 @@ from tests.contract.test_finite_difference import attention_losses, cubic
 
 PASSES = {
     ("old", "exact"): (2, 3),
+    ("old", "graph"): (1, 2),
     ("old", "central"): (3, 3),
     ("old", "forward"): (2, 2),
     ("new", "exact"): (1, 2),
@@ -44,13 +45,15 @@ def difference_error(sample: Sample, size: float, difference: str, epsilon: floa
 
 class TestOneStep(EstimatorContract):
     default: OneStep = OneStep(learning_rate=1.0)
-    differences = (("old", "exact"), ("new", "exact"))
+    differences = (("old", "exact"), ("old", "graph"), ("new", "exact"))
 
     def estimators(self, sample: Sample) -> st.SearchStrategy[Estimator]:
         largest = float(sample.eigenvalues[-1])
 
         def build(share: float, way: tuple[str, str], epsilon: float | str) -> Estimator:
             center, difference = way
+            if difference == "graph":
+                return OneStep(share / largest, memory="graph")
             epsilon = "auto" if difference == "exact" else epsilon
             return OneStep(share / largest, center=center, difference=difference, epsilon=epsilon)
 
@@ -78,7 +81,7 @@ class TestOneStep(EstimatorContract):
         assert isinstance(estimator, OneStep)
         assert result.info.iterations == 1
         assert result.info.products == {"exact": 1, "central": 2, "forward": 1}[estimator.difference]
-        return PASSES[estimator.center, estimator.difference]
+        return PASSES[estimator.center, "graph" if estimator.memory == "graph" else estimator.difference]
 
 
 class TestOneStepByDifferences(TestOneStep):
@@ -298,6 +301,9 @@ def test_a_rate_of_zero_leaves_the_direct_derivative(difference: str) -> None:
         ({"difference": "backward"}, UnknownNameError, "value of OneStep.difference"),
         ({"difference": "central", "epsilon": 0.0}, ConfigError, "OneStep.epsilon must be a finite number above 0"),
         ({"epsilon": 0.1}, ConfigError, "OneStep.epsilon belongs to difference='central' or 'forward'"),
+        ({"memory": "disk"}, UnknownNameError, "value of OneStep.memory"),
+        ({"memory": "graph", "center": "new"}, ConfigError, "memory='graph' keeps the graph of the step's own"),
+        ({"memory": "graph", "difference": "central"}, ConfigError, "set both, or leave memory out"),
         ({"difference": "forward", "center": "new"}, ConfigError, "use difference='central', which costs no more"),
     ],
 )
