@@ -18,7 +18,6 @@ Source: Liu et al. 2024 (arXiv 2402.09353), equation 5, without the detaching of
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -27,8 +26,11 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bidora.frozen import FrozenCache
+from bidora.kernels import Kernels, check_kernels, choose, fused_dora_linear, impossible
+from bidora.merging import merge, unmerge
 from bidora.norm import accumulation_dtype, row_norm, squared_row_norm
 
 __all__ = [
@@ -56,6 +58,7 @@ def dora_linear(
     *,
     base_result: Tensor | None = None,
     squared_norm: Tensor | None = None,
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """Returns ``x W'ᵀ + bias = (m/‖V‖) ⊙ (x W₀ᵀ + s·(x Aᵀ) Bᵀ) + bias``.
 
@@ -70,12 +73,42 @@ def dora_linear(
         magnitude: m, (out,).
         scaling: s.
         bias: (out,), or None.
-        base_result: ``x W₀ᵀ + bias`` where it is known.
+        base_result: ``x W₀ᵀ + bias`` where it is known. Its derivatives may be taken through x.
         squared_norm: ‖W₀‖² by rows where it is known; see :func:`bidora.norm.squared_row_norm`.
+        kernels: "torch" for differentiable torch operations, "fused" for one autograd function with fused kernels, or
+            "auto" for the latter where it is faster: see :mod:`bidora.kernels`.
 
     Returns:
-        (…, out), in the promoted dtype of the base result and the factors.
+        (…, out), in the promoted dtype of the base result and the factors; fused, in the base result's.
+
+    Raises:
+        ConfigError: "fused" is impossible here; the message says why.
     """
+    if choose(kernels, x, weight, lora_A, lora_B, magnitude, bias, base_result):
+        x = x.to(weight.dtype)
+        if base_result is None:
+            with torch.no_grad():
+                base_result = F.linear(x, weight, bias)
+        return fused_dora_linear(
+            x, weight, lora_A, lora_B, magnitude, scaling, bias, base_result, reference=_torch_dora_linear
+        )
+    return _torch_dora_linear(
+        x, weight, lora_A, lora_B, magnitude, scaling, bias, base_result=base_result, squared_norm=squared_norm
+    )
+
+
+def _torch_dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    base_result: Tensor | None = None,
+    squared_norm: Tensor | None = None,
+) -> Tensor:
     scale = dora_scale(magnitude, row_norm(weight, lora_A, lora_B, scaling, squared_norm=squared_norm))
     if base_result is None:
         base_result = F.linear(x.to(weight.dtype), weight, bias)
@@ -123,7 +156,8 @@ def dora_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor, factor: Tensor, shift: Tensor | None) -> Tensor:
-    hidden = F.linear(x, lora_A)
+    # PEFT's layers leave the input as it is, and autocast converts both
+    hidden = F.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(lora_A.dtype), lora_A)
     # the factor goes into the (out, r) matrix, not onto the (n, out) result
     rows = factor.unsqueeze(1) * lora_B
     return F.linear(hidden, rows.to(hidden.dtype), None if shift is None else shift.to(hidden.dtype))
@@ -137,35 +171,50 @@ class ExactDoraVariant(DoraLinearVariant):
     """DoRA on nn.Linear and transformers' Conv1D with the norm differentiated, zero rows, and tied weights.
 
     Implements PEFT's ``LoraVariant``; parameters, initialisation and file format are PEFT's.
+
+    Args:
+        kernels: How it is computed: see :mod:`bidora.kernels`.
     """
 
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def __init__(self, kernels: Kernels = "auto") -> None:
+        check_kernels(kernels)
+        self.kernels = kernels
+
+    # PEFT declares it static, and calls it on the instance
+    def forward(  # type: ignore[override]
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
         """Returns the layer's output, given the base layer's."""
         weight, factors, scaling = dora_tensors(module, active_adapter)
-        squared_norm = _squared_norm(module, accumulation_dtype(weight, *factors))
         dropout = module.lora_dropout[active_adapter]
-        if module.training and not isinstance(dropout, nn.Identity):
+        drops = module.training and not isinstance(dropout, nn.Identity)
+        base = _base_layer(module)
+        if self._is_fused(module, drops, x, weight, *factors, base.bias, result):
+            return dora_linear(x, weight, *factors, scaling, base.bias, base_result=result, kernels="fused")
+        squared_norm = _squared_norm(module, accumulation_dtype(weight, *factors))
+        if drops:
             return dora_linear_with_dropout(
                 dropout(x), weight, *factors, scaling, base_result=result, squared_norm=squared_norm
             )
-        bias = _base_layer(module).bias
-        return dora_linear(x, weight, *factors, scaling, bias, base_result=result, squared_norm=squared_norm)
+        return dora_linear(
+            x, weight, *factors, scaling, base.bias, base_result=result, squared_norm=squared_norm, kernels="torch"
+        )
+
+    def _is_fused(self, module: Any, drops: bool, *arguments: Any) -> bool:
+        if self.kernels == "torch" or (self.kernels == "auto" and not arguments[0].is_cuda):
+            return False
+        reason = "there is dropout in training" if drops else _base_obstacle(module)
+        if reason is None:
+            return choose(self.kernels, *arguments)
+        if self.kernels == "fused":
+            raise impossible(reason)
+        return False
 
     @staticmethod
     @torch.no_grad()
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Returns W', and unties the base weight so that PEFT does not write it into other layers."""
-        merged: Tensor = DoraLinearVariant.merge_safe(module, active_adapter, orig_weight)
-        base = _base_layer(module)
-        norm = module._caches[f"{active_adapter}-weight_norm"]
-        # W' does not determine V in these rows, so V has to be kept
-        lost = ((norm == 0) | (module.lora_magnitude_vector[active_adapter].weight == 0)).nonzero().squeeze(1)
-        module._cache_store(_lost_rows(active_adapter), (lost, _rows(module, base.weight.detach())[lost].clone()))
-        _rows(module, merged)[lost] = 0.0
-        module._cache_store(_unmerged(active_adapter), _WeakParameter(base.weight))
-        base.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
-        return merged
+        return merge(DoraLinearVariant, _rows, module, active_adapter, orig_weight)
 
     @staticmethod
     @torch.no_grad()
@@ -178,17 +227,7 @@ class ExactDoraVariant(DoraLinearVariant):
     @torch.no_grad()
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Returns W₀: the very parameter where another layer still holds it, and V/W' arithmetic otherwise."""
-        if _lost_rows(active_adapter) not in module._caches:  # merged by plain PEFT
-            return DoraLinearVariant.unmerge(module, active_adapter, orig_weight)
-        lost, rows = module._cache_pop(_lost_rows(active_adapter))
-        original: nn.Parameter | None = module._cache_pop(_unmerged(active_adapter)).get()
-        if original is not None:
-            module._cache_pop(f"{active_adapter}-weight_norm")
-            _base_layer(module).weight = original
-            return original.detach()
-        weight: Tensor = DoraLinearVariant.unmerge(module, active_adapter, orig_weight)
-        _rows(module, weight)[lost] = rows
-        return weight
+        return unmerge(DoraLinearVariant, _rows, module, active_adapter, orig_weight)
 
 
 def dora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear, str]]:
@@ -230,6 +269,18 @@ def remembered(layer: LoraLinear, name: str, compute: Callable[[Tensor], Tensor]
     return cache.get(name, weight, lambda: compute(_rows(layer, weight)))
 
 
+def _base_obstacle(layer: LoraLinear) -> str | None:
+    """Returns why a base layer's result may be something else than ``x W₀ᵀ + b`` of the input, or None."""
+    base = layer.get_base_layer()
+    if type(base) not in (nn.Linear, Conv1D):
+        return f"the base layer is a {type(base).__name__}"
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return "the base layer has hooks"
+    if len(layer.active_adapters) > 1:
+        return f"{len(layer.active_adapters)} adapters are active"
+    return None
+
+
 def _base_layer(layer: LoraLinear) -> nn.Linear:
     return cast(nn.Linear, layer.get_base_layer())  # or a Conv1D, which has the same attributes
 
@@ -241,28 +292,3 @@ def _rows(layer: LoraLinear, weight: Tensor) -> Tensor:
 
 def _squared_norm(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
     return remembered(layer, f"squared row norm, {dtype}", lambda weight: squared_row_norm(weight, dtype))
-
-
-def _lost_rows(adapter: str) -> str:
-    return f"{adapter}-lost-rows"
-
-
-def _unmerged(adapter: str) -> str:
-    return f"{adapter}-unmerged-weight"
-
-
-class _WeakParameter:
-    """A parameter, as long as somebody else holds it; empty in copies and pickles."""
-
-    def __init__(self, parameter: Tensor | None = None) -> None:
-        self._reference = None if parameter is None else weakref.ref(parameter)
-
-    def get(self) -> nn.Parameter | None:
-        value = None if self._reference is None else self._reference()
-        return value if isinstance(value, nn.Parameter) else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _WeakParameter:
-        return _WeakParameter()
-
-    def __reduce__(self) -> tuple[type[_WeakParameter], tuple[()]]:
-        return _WeakParameter, ()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 __all__ = [
+    "ILL_CONDITIONED",
     "accumulation_dtype",
     "autocast_off",
     "dense_row_norm",
@@ -24,8 +25,8 @@ __all__ = [
     "zero_norm",
 ]
 
-# Rows with ‖V‖² below this share of the sum of squares of its terms are ill-conditioned: see `row_norm`.
-_ILL_CONDITIONED = 1e-3
+ILL_CONDITIONED = 1e-3
+"""Rows with ‖V‖² below this share of the sum of squares of its terms are ill-conditioned: see :func:`row_norm`."""
 
 # Elements of a low-precision weight that are converted at a time.
 _BLOCK = 1 << 20
@@ -98,14 +99,23 @@ def squared_row_norm(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tens
 def ill_conditioned(squares: Tensor, squared_norm: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Returns in which rows a factored ‖V‖² is too small beside its terms to be accurate: see :func:`row_norm`."""
     terms = squared_norm + scaling**2 * A.square().sum() * B.square().sum(1)
-    return squares < _ILL_CONDITIONED * terms
+    return squares < ILL_CONDITIONED * terms
 
 
 def values_are_visible(*tensors: Tensor) -> bool:
     """Returns whether Python may look at values: not under torch.compile or vmap, or on the meta device."""
     if torch.compiler.is_compiling():
         return False
-    return not any(t.is_meta or torch._C._functorch.is_batchedtensor(t) for t in tensors)
+    return not any(t.is_meta or _is_batched(t) for t in tensors)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Returns whether vmap wraps a tensor, at any depth: ``vmap(grad(f))`` wraps it again."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def frozen_product(weight: Tensor, matrix: Tensor) -> Tensor:

@@ -1,0 +1,185 @@
+"""A whole DoRA layer as one autograd function, which saves what its derivatives need and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bidora.kernels.plain import PlainKernels, RowScale, split_factors
+
+__all__ = ["Reference", "fused_dora_linear"]
+
+# The rows that hold (k ⊙ B)ᵀ below a cotangent are padded to a multiple of this, for the matrix units.
+_NORM_ROWS = 16
+
+Reference = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, "Tensor | None"], Tensor]
+"""The layer in differentiable torch operations: ``(x, W₀, A, B, m, s, bias) -> y``."""
+
+
+def fused_dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    base_result: Tensor,
+    *,
+    reference: Reference,
+    kernels: type[PlainKernels] | None = None,
+) -> Tensor:
+    """Returns ``y = g ⊙ (x W₀ᵀ + s·(x Aᵀ) Bᵀ) + bias``, in x's dtype, with ``g = m/‖V‖``.
+
+    Derivatives in x are those of the whole layer: of ``base_result`` only the value is used.
+
+    First derivatives are written by hand. With ``dz = g ⊙ dy``, ``dg = Σₙ dy ⊙ z`` and ``k = dL/d‖V‖² = −½ dg m/‖V‖³``
+
+        dm = dg/‖V‖        dx = dz W₀ + s·(dz B) A
+        dA = s·(dz B)ᵀ x + 2s·(k ⊙ B)ᵀ V        dB = s·dzᵀ(x Aᵀ) + 2s·k ⊙ VAᵀ
+
+    ``(k ⊙ B)ᵀ W₀`` comes as r more rows of the product ``dz W₀``, so that W₀ is read once for each.  z comes from
+    the output, as y/g, or with a bias from the base's output: so beside x, one (n, out) tensor is kept, and the output
+    is one that the next operation often keeps anyway. A row with m = 0 outputs 5e-20·z instead of 0 for that.
+    A frozen m does not spare it: ‖V‖ depends on A and B.
+
+    With ``create_graph=True`` the first derivatives are those of ``reference``, evaluated again: differentiable to any
+    order, for one more forward pass.
+
+    Args:
+        x: (…, in), of the weight's dtype.
+        weight: W₀, frozen.
+        lora_A: A.
+        lora_B: B.
+        magnitude: m.
+        scaling: s.
+        bias: (out,), frozen, or None.
+        base_result: ``x W₀ᵀ + bias``, in x's dtype.
+        reference: What second derivatives are taken of.
+        kernels: The primitives; None chooses by device.
+    """
+    # Autocast is a licence to round factors as well; without it wide ones keep their precision.
+    split = lora_A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+    differentiated = torch.is_grad_enabled()
+    y: Tensor = _DoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, lora_A, lora_B, magnitude, scaling, bias, base_result.detach(),
+        kernels or _kernels(x.device.type), split, reference,
+        differentiated,
+    )  # fmt: skip
+    return y
+
+
+def _kernels(device: str) -> type[PlainKernels]:
+    if device != "cuda":
+        return PlainKernels
+    from bidora.kernels.fused import FusedKernels  # Triton is there on GPUs only
+
+    return FusedKernels
+
+
+class _DoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        base_result: Tensor,
+        kernels: type[PlainKernels],
+        split: bool,
+        reference: Reference,
+        differentiated: bool,
+    ) -> Tensor:
+        _, _, needs_A, needs_B, needs_m, *_ = ctx.needs_input_grad
+        needs_factors = differentiated and (needs_A or needs_B)
+        needs_sums = needs_factors or (differentiated and needs_m)
+        base = base_result.reshape(-1, base_result.shape[-1]).contiguous()
+        A, B = split_factors(lora_A, lora_B, x.dtype, split)
+        hidden = x.reshape(-1, x.shape[-1]).mm(A.T)
+        scale, inverse, projection = kernels.row_scale(
+            weight, lora_A if split else A, lora_B, magnitude, scaling,
+            project=differentiated and needs_B, recoverable=needs_sums and bias is None,
+        )  # fmt: skip
+        y = kernels.combine(base, hidden, B, scale, bias, scaling).view(base_result.shape)
+        if differentiated:
+            ctx.save_for_backward(
+                x, weight, lora_A, lora_B, magnitude, bias, A, B, scale, inverse, projection,
+                hidden if needs_factors or bias is not None else None,
+                y if needs_sums and bias is None else None,
+                base if needs_sums and bias is not None else None,
+            )  # fmt: skip
+            ctx.scaling, ctx.kernels, ctx.split, ctx.reference = scaling, kernels, split, reference
+            ctx.autocast = _autocast_state(x.device.type)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = tuple(ctx.needs_input_grad[i] for i in (0, 2, 3, 4))
+        if torch.is_grad_enabled():
+            x, A, B, m = _graph_gradients(ctx, gradient, wanted)
+        else:
+            x, A, B, m = _gradients(ctx, gradient, *wanted)
+        return x, None, A, B, m, None, None, None, None, None, None, None
+
+
+def _gradients(
+    ctx: Any, gradient: Tensor, needs_x: bool, needs_A: bool, needs_B: bool, needs_m: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    x, weight, lora_A, lora_B, magnitude, bias, A, B, scale, inverse, projection, hidden, y, base = ctx.saved_tensors
+    kernels, s, rank = ctx.kernels, ctx.scaling, lora_A.shape[0]
+    dy = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+    n, more = len(dy), -(-rank // _NORM_ROWS) * _NORM_ROWS if needs_A else 0
+
+    cotangents = dy.new_empty(n + more, dy.shape[1])
+    dz, weighted = cotangents[:n], cotangents[n:]
+    flat = None if y is None else y.view(dy.shape)
+    parts = kernels.scale_cotangent(dy, flat, base, hidden, B, scale, bias, s, cotangents)
+    dx = dA = dB = dm = k = gram = through_weight = None
+    if parts is not None:
+        dm, k, gram = kernels.norm_cotangent(parts, inverse, magnitude, lora_B, weighted if needs_A else None)
+    if needs_x:
+        product = cotangents.mm(weight)
+        dx, through_weight = product[:n], product[n:]
+    elif needs_A:
+        through_weight = weighted.mm(weight)
+    if needs_x or needs_A:
+        dh = dz.mm(B)
+        if dx is not None:
+            dx = dx.addmm_(dh, A, alpha=s).view(x.shape)
+        if needs_A:
+            dA = _joined(dh.T.mm(x.reshape(-1, x.shape[-1])), rank, (0, 2), 0, ctx.split)
+    if needs_B:
+        dB = _joined(dz.T.mm(hidden), rank, (0, 1), 1, ctx.split)
+    if k is not None and (needs_A or needs_B):
+        row_scale = RowScale(scale, inverse, projection)
+        dA, dB = kernels.factor_gradients(dA, dB, through_weight, gram, k, row_scale, lora_A, lora_B, s)
+    return dx, dA, dB, dm.to(magnitude.dtype) if needs_m and dm is not None else None
+
+
+def _joined(product: Tensor, rank: int, which: tuple[int, int], dim: int, split: bool) -> Tensor:
+    """Returns the derivative in a factor from those in the columns or rows that hold its parts."""
+    if not split:
+        return product
+    first, second = (product.narrow(dim, part * rank, rank) for part in which)
+    return first + second
+
+
+def _graph_gradients(ctx: Any, gradient: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    x, weight, lora_A, lora_B, magnitude, bias, *_ = ctx.saved_tensors
+    device, dtype, enabled = ctx.autocast
+    with torch.autocast(device, dtype=dtype, enabled=enabled):
+        y = ctx.reference(x, weight, lora_A, lora_B, magnitude, ctx.scaling, bias)
+    inputs = [t for t, needed in zip((x, lora_A, lora_B, magnitude), wanted, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, inputs, gradient.to(y.dtype), create_graph=True))
+    return [next(found) if needed else None for needed in wanted]
+
+
+def _autocast_state(device: str) -> tuple[str, torch.dtype, bool]:
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
