@@ -6,12 +6,27 @@ that splitting a tensor in two changes a result by rounding only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tensors", "add", "axpy", "axpy_", "dot", "is_finite", "norm", "promote", "scale", "subtract", "zeros_like"]
+__all__ = [
+    "Tensors",
+    "add",
+    "axpy",
+    "axpy_",
+    "dot",
+    "is_finite",
+    "length",
+    "negative",
+    "norm",
+    "promote",
+    "scale",
+    "subtract",
+    "zeros_like",
+]
 
 Tensors = tuple[Tensor, ...]
 
@@ -21,26 +36,47 @@ LARGEST_FUSED = 6e4
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Returns ``Σᵢ ⟨leftᵢ, rightᵢ⟩`` as a float64 scalar tensor (no synchronisation with the device)."""
-    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
+    parts = [torch.dot(_flat(a), _flat(b)) for a, b in zip(left, right, strict=True)]
+    if len(parts) == 1:
+        return parts[0].double()
     if not parts:
         return torch.zeros((), dtype=torch.float64)
-    device = parts[0].device
-    total: Tensor = torch.stack([part.to(device=device, dtype=torch.float64) for part in parts]).sum()
-    return total
+    device, dtype = parts[0].device, parts[0].dtype
+    if not all(part.dtype == dtype and part.device == device for part in parts):
+        parts = [part.to(device=device, dtype=torch.float64) for part in parts]
+    return torch.stack(parts).sum(dtype=torch.float64)
 
 
 def norm(vector: Sequence[Tensor]) -> Tensor:
-    """Returns the Euclidean norm as a float64 scalar tensor, without overflow or underflow for float32 entries."""
-    if not vector:
-        return torch.zeros((), dtype=torch.float64)
-    if all(part.device.type == "cpu" and part.dtype == torch.float32 for part in vector):
-        # A third of the time of accumulating in float64; the range is checked, which costs nothing on a CPU.
-        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(vector))).double())
-        if 1e-12 < float(total.detach()) < 1e12:
+    """Returns the Euclidean norm as a float64 scalar tensor, without overflow or underflow for float32 entries.
+
+    It has no derivative. No synchronisation with a device.
+    """
+    if all(part.is_cpu for part in vector):
+        return torch.tensor(length(vector), dtype=torch.float64)
+    return _device_norm([part.detach() for part in vector], torch.float64)
+
+
+def length(vector: Sequence[Tensor]) -> float:
+    """Returns the Euclidean norm as a number (one synchronisation), without overflow or underflow as :func:`norm`."""
+    parts = [part.detach() for part in vector]
+    on_host = all(part.is_cpu for part in parts)
+    if all(part.dtype == torch.float32 for part in parts):
+        # A third of the time of accumulating in float64; the range is checked.
+        total = _host_norm(parts, None) if on_host else float(_device_norm(parts, None))
+        if 1e-12 < total < 1e12:
             return total
-    device = vector[0].device
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64).to(device) for part in vector]
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    return _host_norm(parts, torch.float64) if on_host else float(_device_norm(parts, torch.float64))
+
+
+def _host_norm(parts: Sequence[Tensor], dtype: torch.dtype | None) -> float:
+    return math.hypot(*[torch.linalg.vector_norm(part, dtype=dtype).item() for part in parts])
+
+
+def _device_norm(parts: list[Tensor], dtype: torch.dtype | None) -> Tensor:
+    device = parts[0].device
+    norms = [part.to(device) for part in torch._foreach_norm(parts, 2, dtype)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
     return total
 
 
@@ -48,7 +84,7 @@ def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Ten
     """Returns ``alpha · x + y``."""
     if isinstance(alpha, Tensor) or not abs(alpha) < LARGEST_FUSED:
         return tuple(b + _scalar(alpha, a) * a for a, b in zip(x, y, strict=True))
-    return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
+    return _joined(x, y, alpha)
 
 
 def axpy_(alpha: float, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
@@ -59,17 +95,24 @@ def axpy_(alpha: float, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
     """Returns ``left + right``."""
-    return tuple(a + b for a, b in zip(left, right, strict=True))
+    return _joined(right, left, 1.0)
 
 
 def subtract(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
     """Returns ``left − right``."""
-    return tuple(a - b for a, b in zip(left, right, strict=True))
+    return _joined(right, left, -1.0)
 
 
 def scale(alpha: float | Tensor, x: Sequence[Tensor]) -> Tensors:
     """Returns ``alpha · x``."""
-    return tuple(_scalar(alpha, part) * part for part in x)
+    if isinstance(alpha, Tensor) or len(x) < 2:
+        return tuple(_scalar(alpha, part) * part for part in x)
+    return tuple(torch._foreach_mul(x, alpha))
+
+
+def negative(x: Sequence[Tensor]) -> Tensors:
+    """Returns ``−x``."""
+    return tuple(torch._foreach_neg(x)) if len(x) > 1 else tuple(-part for part in x)
 
 
 def zeros_like(vector: Sequence[Tensor]) -> Tensors:
@@ -79,19 +122,35 @@ def zeros_like(vector: Sequence[Tensor]) -> Tensors:
 
 def promote(vector: Sequence[Tensor]) -> Tensors:
     """Returns the vector in float32 or better: half-precision parts are upcast, others are passed through."""
-    return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in vector)
+    return tuple(
+        part
+        if part.dtype in (torch.float32, torch.float64)
+        else part.to(torch.promote_types(part.dtype, torch.float32))
+        for part in vector
+    )
 
 
 def is_finite(vector: Sequence[Tensor]) -> bool:
     """Whether no entry is NaN or infinite (one synchronisation)."""
-    if not vector:
-        return True
-    device = vector[0].device
     # The sum of a tensor is finite unless an entry is not (or it overflows, which the exact test then decides).
-    sums = torch.stack([part.detach().sum(dtype=torch.float64).to(device) for part in vector])
-    if bool(torch.isfinite(sums).all()):
-        return True
-    return all(bool(torch.isfinite(part).all()) for part in vector)
+    sums = [part.detach().sum() for part in vector]
+    if all(part.is_cpu for part in sums):
+        finite = all(math.isfinite(part.item()) for part in sums)
+    else:
+        finite = math.isfinite(torch.stack([part.to(sums[0].device, torch.float64) for part in sums]).sum().item())
+    return finite or all(bool(torch.isfinite(part).all()) for part in vector)
+
+
+def _joined(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float) -> Tensors:
+    if len(x) != len(y):
+        raise ValueError(f"vectors of {len(x)} and {len(y)} tensors are to be added")
+    if len(x) < 2:
+        return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
+    return tuple(torch._foreach_add(y, x, alpha=alpha))
+
+
+def _flat(part: Tensor) -> Tensor:
+    return part if part.dim() == 1 else part.reshape(-1)
 
 
 def _scalar(alpha: float | Tensor, like: Tensor) -> float | Tensor:

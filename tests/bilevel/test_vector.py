@@ -27,6 +27,7 @@ def test_arithmetic_is_that_of_the_flat_vector(number: int, shapes: list[tuple[i
     close = torch.testing.assert_close
     close(float(vector.dot(x, y)), float(flat(x) @ flat(y)))
     close(float(vector.norm(x)), float(flat(x).norm()))
+    close(vector.length(x), float(flat(x).norm()))
     close(flat(vector.axpy(alpha, x, y)), alpha * flat(x) + flat(y))
     close(flat(vector.axpy(torch.tensor(alpha), x, y)), torch.tensor(alpha).double() * flat(x) + flat(y))
     total = vector.scale(1.0, y)
@@ -35,20 +36,22 @@ def test_arithmetic_is_that_of_the_flat_vector(number: int, shapes: list[tuple[i
     close(flat(vector.add(x, y)), flat(x) + flat(y))
     close(flat(vector.subtract(x, y)), flat(x) - flat(y))
     close(flat(vector.scale(alpha, x)), alpha * flat(x))
+    close(flat(vector.negative(x)), -flat(x))
     assert not flat(vector.zeros_like(x)).any()
     assert [part.shape for part in vector.zeros_like(x)] == [part.shape for part in x]
 
 
 def test_the_empty_vector() -> None:
-    assert float(vector.dot((), ())) == float(vector.norm(())) == 0.0
+    assert float(vector.dot((), ())) == float(vector.norm(())) == vector.length(()) == 0.0
     assert vector.is_finite(())
-    assert vector.axpy(1.0, (), ()) == ()
+    assert vector.axpy(1.0, (), ()) == vector.scale(2.0, ()) == vector.negative(()) == ()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e30])
 def test_norms_of_float32_vectors_neither_overflow_nor_underflow(size: float) -> None:
     # Squares of the entries do: the norm was infinite, or zero.
-    assert float(vector.norm((torch.full((4,), size),))) == pytest.approx(2 * size, rel=1e-6)
+    for x in (torch.full((4,), size),), tuple(torch.full((4,), size).split(1)):
+        assert float(vector.norm(x)) == vector.length(x) == pytest.approx(2 * size, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -76,7 +79,7 @@ def test_vectors_of_different_lengths_are_refused() -> None:
         lambda: vector.axpy(1.0, (x,), (x, y)),
         lambda: vector.add((), (x,)),
     ):
-        with pytest.raises(ValueError, match="zip"):
+        with pytest.raises(ValueError, match="zip|to be added"):
             call()
 
 
