@@ -49,9 +49,7 @@ class Automatic(Estimator):
     epsilon: float | str = "auto"
 
     name: ClassVar[str] = "auto"
-    summary: ClassVar[str] = (
-        "identity for the inverse Hessian, exact mixed product where it exists, else differences"
-    )
+    summary: ClassVar[str] = "identity for the inverse Hessian, exact mixed product where it exists, else differences"
     cost: ClassVar[str] = "that of identity, or of finite_difference (and a failed try at the first call)"
     needs: ClassVar[str] = "first derivatives only"
     storage: ClassVar[str] = "the gradient's graph, or the parameters twice"
