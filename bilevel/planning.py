@@ -101,6 +101,8 @@ class Planner:
     def _check_methods(self, methods: Mapping[str, Estimator], dependencies: Dependencies) -> None:
         for name, estimator in methods.items():
             check_method(self._problems[name], estimator, self._config.precision, dependencies)
+        for name, estimator in methods.items():
+            self._problems[name].method = estimator
 
     def _discover(self, feed: Feed) -> tuple[Differentiator, Round]:
         check_structure(self._problems, self._config.evaluate_every)

@@ -136,7 +136,7 @@ class Differentiator:
     def _product(self, name: str, estimator: Estimator, lower: InnerProblem, v: Tensors, state: State) -> Pullback:
         limited = lower if self.solve_timeout is None else self._limited(name, estimator, lower)
         with self.gradients.activity(Work.RESPONSE, name, estimator.name):
-            return estimator.respond(limited).pullback(v, state)
+            return self.gradients.problems[name].respond(estimator, limited).pullback(v, state)
 
     def _limited(self, name: str, estimator: Estimator, lower: InnerProblem) -> InnerProblem:
         """Returns the problem with all its losses raising once the time for this product is over."""

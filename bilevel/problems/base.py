@@ -23,6 +23,7 @@ from bilevel.validation import check_integer, check_number
 from bilevel.vector import Tensors
 
 if TYPE_CHECKING:
+    from bilevel.hypergrad import InnerProblem, Response
     from bilevel.result import StepResult
 
 __all__ = ["Problem", "select_parameters"]
@@ -117,6 +118,8 @@ class Problem(ABC):
         self.reset = reset
         self.num_updates = 0
         self.hypergradient = None if hypergradient is None else as_estimator(hypergradient)
+        self.method: Estimator | None = None
+        """The method by which an engine differentiates through the problem; None where none does."""
         made, named = _optimizer_and_parameters(self.name, module, optimizer, params)
         self.parameter_names: tuple[str, ...] = tuple(named)
         self.parameters: Tensors = tuple(named.values())
@@ -154,6 +157,13 @@ class Problem(ABC):
         constraints (:meth:`project`), it is the loss restricted to the constraints that are active.
         """
         return self.loss(batch)
+
+    def respond(self, estimator: Estimator, lower: InnerProblem) -> Response:
+        """Returns the best response of this problem by a method: ``estimator.respond(lower)`` by default.
+
+        To be overridden where the problem falls into independent parts, each of which can be solved by itself.
+        """
+        return estimator.respond(lower)
 
     def evaluate(self) -> Mapping[str, float]:
         """Returns validation metrics; called by ``Engine.evaluate`` without gradients. Nothing by default."""
