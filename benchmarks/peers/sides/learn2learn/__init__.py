@@ -1,0 +1,1 @@
+"""Workloads written for learn2learn."""
