@@ -87,10 +87,15 @@ class Activity:
     def __init__(self) -> None:
         self.failed: Part | None = None
         """The innermost part that the last exception left; None where none did since a part began."""
+        self._contexts: dict[tuple[str, str, str], _Entered] = {}
 
     def __call__(self, work: Work, problem: str, method: str = "") -> _Entered:
-        """Returns a context in which this part is going on."""
-        return _Entered(self, Part(work, problem, method))
+        """Returns a context in which this part is going on; it may be entered again while it is."""
+        key = (work._name_, problem, method)  # the hash of an enum's member is computed in Python
+        known = self._contexts.get(key)
+        if known is None:
+            known = self._contexts[key] = _Entered(self, Part(work, problem, method))
+        return known
 
 
 class _Entered:

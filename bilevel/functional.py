@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -123,16 +123,20 @@ class Objective(ABC):
         return None
 
     def _evaluate(self, loss: Callable[[], object]) -> tuple[Tensor, Tensors]:
-        devices = {"cpu", *(device for device in ("cuda", "xpu", "mps") if torch.is_autocast_enabled(device))}
-        with ExitStack() as stack:
-            for device in devices:  # products and solves stay in full precision, whatever autocast does elsewhere
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(self.replay())
-            stack.enter_context(torch.enable_grad())
+        # Products and solves stay in full precision, whatever autocast does elsewhere.
+        casts = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(device)]
+        with _no_autocast(casts) if casts else nullcontext(), self.replay(), torch.enable_grad():
             value, outputs = loss_and_outputs(loss(), self.name)
         self.passes.forward += 1
         return value, outputs
+
+
+@contextmanager
+def _no_autocast(devices: Iterable[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class FunctionObjective(Objective):
@@ -194,41 +198,21 @@ class ParameterSlots:
                 if parameter is not None:
                     self._parameters.setdefault(id(parameter), []).append((part, name))
         self._with_buffers = tuple(part for part in unique if part._buffers)
+        self.has_buffers = bool(self._with_buffers)
+        """Whether any module has buffers, which registering one later does not change."""
         self.evaluating = 0
         """How many evaluations of losses are going on."""
-
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Counts an evaluation for as long as its body runs."""
-        self.evaluating += 1
-        try:
-            yield
-        finally:
-            self.evaluating -= 1
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether some module holds this parameter."""
         return id(parameter) in self._parameters
 
-    @contextmanager
-    def swapped(self, live: Sequence[Tensor], given: Sequence[Tensor]) -> Iterator[None]:
+    def swapped(self, live: Sequence[Tensor], given: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Puts ``given`` in the places of ``live`` parameters; what is there already costs nothing.
 
         The places hold afterwards what they held before, also where they were swapped then.
         """
-        moved: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for parameter, tensor in zip(live, given, strict=True):
-                for module, name in self._parameters[id(parameter)]:
-                    table = _parameters(module)
-                    held = table[name]
-                    if held is not tensor:
-                        moved.append((table, name, held))
-                        table[name] = tensor
-            yield
-        finally:
-            for table, name, held in reversed(moved):
-                table[name] = held
+        return _Swapped(self._parameters, live, given)
 
     @contextmanager
     def buffers_apart(self) -> Iterator[None]:
@@ -266,6 +250,38 @@ class ParameterSlots:
                     for buffer, value in zip(_held_buffers(module), kept, strict=True):
                         buffer.detach().copy_(value)
             yield
+
+
+class _Swapped(AbstractContextManager[None]):
+    __slots__ = ("_given", "_live", "_moved", "_places")
+
+    def __init__(
+        self, places: Mapping[int, Sequence[tuple[nn.Module, str]]], live: Sequence[Tensor], given: Sequence[Tensor]
+    ) -> None:
+        self._places = places
+        self._live = live
+        self._given = given
+        self._moved: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __enter__(self) -> None:
+        try:
+            for parameter, tensor in zip(self._live, self._given, strict=True):
+                for module, name in self._places[id(parameter)]:
+                    table = _parameters(module)
+                    held = table[name]
+                    if held is not tensor:
+                        self._moved.append((table, name, held))
+                        table[name] = tensor
+        except BaseException:
+            self._put_back()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for table, name, held in reversed(self._moved):
+            table[name] = held
 
 
 def _parameters(module: nn.Module) -> dict[str, Any]:
@@ -348,9 +364,10 @@ class ModuleObjective(Objective):
 
     def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
         """See :meth:`Objective.within`. Only tensors that differ from the live parameters are swapped."""
+        slots = self._slots
         with (
-            self._slots.buffers_protected(self._buffers),
-            self._slots.swapped(self._live_inner + self._live_outer, inner + outer),
+            slots.buffers_protected(self._buffers) if slots.has_buffers else nullcontext(),
+            slots.swapped(self._live_inner + self._live_outer, inner + outer),
         ):
             return body(Evaluate(lambda: self._evaluate(self._loss)))
 
@@ -359,8 +376,11 @@ class ModuleObjective(Objective):
         return PlainLoss(self._plain_loss, (), self._slots)
 
     def _loss(self) -> object:
-        with self._slots.evaluation():
+        self._slots.evaluating += 1
+        try:
             return self._plain_loss()
+        finally:
+            self._slots.evaluating -= 1
 
 
 def gradient(
@@ -397,7 +417,7 @@ def loss_and_outputs(result: object, name: str) -> tuple[Tensor, Tensors]:
     Raises:
         LossError: A mapping without ``"loss"``, outputs that are no tensors, or what :func:`scalar_loss` refuses.
     """
-    if not isinstance(result, Mapping):
+    if isinstance(result, Tensor) or not isinstance(result, Mapping):
         return scalar_loss(result, name), ()
     if "loss" not in result:
         raise LossError(
@@ -424,7 +444,7 @@ def scalar_loss(value: object, name: str) -> Tensor:
         )
     if not value.dtype.is_floating_point:
         raise LossError(f"the loss of {name} must be real floating point; it has dtype {value.dtype}")
-    return value.reshape(())
+    return value if value.dim() == 0 else value.reshape(())
 
 
 def independent(name: str) -> LossError:
@@ -437,7 +457,7 @@ def independent(name: str) -> LossError:
 
 def require_finite(value: Tensor, name: str) -> None:
     """Raises :class:`~bilevel.errors.NonFiniteError` for a loss that is NaN or infinite."""
-    number = float(value.detach())
+    number = value.item()
     if not math.isfinite(number):
         raise NonFiniteError(f"the loss of {name} is {number}, where a finite number was expected")
 
@@ -456,8 +476,11 @@ def leaves(tensors: Sequence[Tensor]) -> Tensors:
     Raises:
         ParameterError: They are those of a ``torch.func`` transform, which allows no leaves.
     """
-    with transform_errors():
-        return tuple(part.detach().requires_grad_() for part in tensors)
+    try:
+        return tuple([part.detach().requires_grad_() for part in tensors])
+    except RuntimeError:
+        with transform_errors():  # the same again, for its message
+            return tuple(part.detach().requires_grad_() for part in tensors)
 
 
 @contextmanager

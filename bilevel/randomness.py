@@ -6,7 +6,7 @@ Replayed between the passes of one derivative, left alone by everything that mus
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -61,16 +61,32 @@ class Replay:
         self._devices = tuple(devices)
         self._states = states
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self) -> AbstractContextManager[None]:
         """Runs the body as one of the passes."""
+        return _Pass(self)
+
+    def begin(self) -> States | None:
+        """Starts a pass; returns what :func:`restore` needs at its end."""
         if self._states is None:
             self._states = capture(self._devices)
-            yield
-            return
-        with preserved(self._devices):
-            restore(self._states)
-            yield
+            return None
+        before = capture(self._devices)
+        restore(self._states)
+        return before
+
+
+class _Pass(AbstractContextManager[None]):
+    __slots__ = ("_before", "_replay")
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+
+    def __enter__(self) -> None:
+        self._before = self._replay.begin()
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            restore(self._before)
 
 
 def _module(device: str) -> Any:
