@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
-from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from bidora.config import check_config
-from bidora.dora import FROZEN_CACHE
+from bidora.dora import FROZEN_CACHE, ExactDoraVariant
+from bidora.kernels import Kernels, check_kernels
 from bidora.layers import DoraLayer, direction_names, layer_matrices, layer_norm
 from bidora.norm import zero_norm
 from bidora.variants import dora_layers, exact_variant, unsupported
@@ -71,14 +72,18 @@ def get_bidora_model(model: nn.Module, config: LoraConfig, adapter_name: str = "
     return adapted
 
 
-def use_exact_dora(model: PeftModel) -> PeftModel:
+def use_exact_dora(model: PeftModel, *, kernels: Kernels = "auto") -> PeftModel:
     """Installs the exact forward on every DoRA layer of a model, e.g. one that ``PeftModel.from_pretrained`` loaded.
 
     Outputs stay equal to rounding; derivatives become those of the exact forward, and zero rows finite. Calling it
-    again does no harm, and forgets remembered norms of base weights. Adapters that are added later need another call.
+    again does no harm, and forgets remembered norms of base weights. Adapters that are added later, of any kind, need
+    another call: linear layers with exact adapters only are told to take their inputs in the dtype they come in.
 
     Args:
         model: A model with DoRA adapters; changed in place.
+        kernels: How linear layers are computed, see :mod:`bidora.kernels`: "auto" by fused GPU kernels where they
+            apply, "torch" never by these, "fused" raises where they do not apply. Other layers have torch operations
+            only.
 
     Returns:
         The same model.
@@ -86,13 +91,15 @@ def use_exact_dora(model: PeftModel) -> PeftModel:
     Raises:
         ConfigError: A DoRA layer is of an unsupported kind.
         ParameterError: There is no DoRA layer.
+        UnknownNameError: ``kernels`` is none of the three.
     """
+    check_kernels(kernels)
     found: list[tuple[LoraLayer, str, LoraVariant]] = []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or not module.lora_magnitude_vector:
             continue
         for adapter in module.lora_magnitude_vector:
-            variant = exact_variant(module, adapter)
+            variant = exact_variant(module, adapter, kernels)
             if isinstance(variant, str):
                 raise ConfigError(
                     f"{name} cannot have the exact DoRA forward: {variant}. Take it out of target_modules"
@@ -105,6 +112,9 @@ def use_exact_dora(model: PeftModel) -> PeftModel:
     for layer, adapter, variant in found:
         layer.lora_variant[adapter] = variant
         layer._caches.pop(FROZEN_CACHE, None)
+        if isinstance(layer, Linear):
+            exact = (isinstance(layer.lora_variant.get(name), ExactDoraVariant) for name in layer.lora_A)
+            layer.cast_input_dtype_enabled = not all(exact)
     return model
 
 

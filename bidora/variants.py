@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bidora.dora import ExactDoraVariant, dora_scale
+from bidora.kernels import Kernels
 from bidora.layers import DoraLayer, adapter_tensors, as_matrices, layer_squared_norm, weight_rows
 from bidora.merging import merge, unmerge
 from bidora.norm import accumulation_dtype, row_norm
@@ -293,7 +294,7 @@ def _unsupported_convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str |
     return None
 
 
-def exact_variant(layer: LoraLayer, adapter: str) -> LoraVariant | str:
+def exact_variant(layer: LoraLayer, adapter: str, kernels: Kernels = "auto") -> LoraVariant | str:
     """Returns the exact forward for a DoRA adapter on a layer of PEFT's, or why there is none."""
     reason = unsupported(layer.get_base_layer())
     if reason is not None:
@@ -304,7 +305,7 @@ def exact_variant(layer: LoraLayer, adapter: str) -> LoraVariant | str:
     variant = layer.lora_variant.get(adapter)
     if type(variant) not in (plain, exact):
         return f"its variant is {type(variant).__name__}"
-    return exact()
+    return ExactDoraVariant(kernels) if exact is ExactDoraVariant else exact()
 
 
 def dora_layers(model: nn.Module) -> Iterator[tuple[str, DoraLayer, str]]:

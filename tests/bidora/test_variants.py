@@ -31,7 +31,7 @@ from bidora.layers import layer_matrices, layer_norm, layer_weight
 from bidora.orthogonality import orthogonality
 from bidora.variants import dora_convolution, dora_embedding, dora_layers, unsupported
 from bilevel import Engine, EngineConfig, Identity
-from bilevel.errors import ConfigError, ParameterError
+from bilevel.errors import ConfigError, ParameterError, UnknownNameError
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -345,7 +345,7 @@ def test_a_padding_tokens_column_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize("kind", ["embedding", "conv1", "conv2"])
-def test_zero_filters_and_dimensions_are_no_nan_and_stay_as_they_are(kind: str, tmp_path: Path) -> None:
+def test_zero_filters_and_dimensions_are_no_nan_here_and_none_in_plain_peft(kind: str, tmp_path: Path) -> None:
     def base() -> nn.Module:
         model = Net()
         with torch.no_grad():
@@ -358,6 +358,8 @@ def test_zero_filters_and_dimensions_are_no_nan_and_stay_as_they_are(kind: str, 
     expected = base()(TOKENS)
     adapted = get_bidora_model(base(), config(kind))
     torch.testing.assert_close(adapted(TOKENS), expected)
+    adapted.save_pretrained(str(tmp_path / "start"))
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), str(tmp_path / "start"))(TOKENS), expected)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     for _ in range(5):
@@ -400,7 +402,7 @@ def test_merging_keeps_the_outputs_and_unmerging_restores_rows_that_became_zero(
             elif "conv1" in name:
                 layer.lora_B[adapter].weight[2] = 0
     weights = {name: layer.base_layer.weight.detach().clone() for name, layer, _ in dora_layers(adapted)}
-    expected = adapted(TOKENS)
+    expected = adapted(TOKENS).detach()  # a graph would keep the base weights, and unmerging take them from there
     assert bool(expected.isfinite().all())
     adapted.merge_adapter(safe_merge=safe)
     torch.testing.assert_close(adapted(TOKENS), expected, rtol=1e-9, atol=1e-11)
@@ -558,6 +560,21 @@ def test_pefts_norm_with_groups_is_not_that_of_its_weight() -> None:
     x = torch.randn(1, 4, 1, 1)
     change = layer.lora_B["default"](layer.lora_A["default"](x)).flatten() * layer.scaling["default"]
     torch.testing.assert_close(F.conv2d(x, W, groups=2).flatten() + change, V @ x.flatten())
+
+
+def test_how_linear_layers_are_computed_is_chosen_for_the_model() -> None:
+    model = perturb(get_peft_model(Net(), config("conv2", "linear")))
+    expected = model(TOKENS)
+    linear = model.base_model.model.linear
+    with pytest.raises(UnknownNameError, match="unknown kernels 'triton'. Choices: 'auto', 'fused', 'torch'"):
+        use_exact_dora(model, kernels="triton")
+    assert not list(dora_layers(model))
+    use_exact_dora(model, kernels="torch")
+    assert linear.lora_variant["default"].kernels == "torch"
+    assert not linear.cast_input_dtype_enabled
+    torch.testing.assert_close(model(TOKENS), expected)
+    linear.update_layer("plain", r=2, lora_alpha=2, config=LoraConfig(r=2))
+    assert use_exact_dora(model).base_model.model.linear.cast_input_dtype_enabled
 
 
 # Training
