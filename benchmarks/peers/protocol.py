@@ -70,7 +70,8 @@ class Remote:
             NotOffered: The library has no such thing.
             WorkerError: It failed, or the process ended.
         """
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps({"do": command, **fields}) + "\n")
             self.process.stdin.flush()

@@ -32,7 +32,7 @@ Arrays = dict[str, np.ndarray]
 Losses = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
-class NotOffered(Exception):
+class NotOffered(Exception):  # noqa: N818  (no error of the program)
     """The library has no such method; the text says so in the table."""
 
 
@@ -41,8 +41,8 @@ class Method:
     """What a row computes, in mathematics, so that every library can be set to the same.
 
     Attributes:
-        kind: ``"identity"``, ``"finite_difference"``, ``"neumann"``, ``"conjugate_gradient"``, ``"unrolled"``, or a name
-            that only this workload knows.
+        kind: ``"identity"``, ``"finite_difference"``, ``"neumann"``, ``"conjugate_gradient"``, ``"unrolled"``, or a
+            name that only this workload knows.
         products: Hessian products (Neumann: of K + 1 summands K; conjugate gradients: iterations), or unrolled steps.
         step_size: α of a Neumann series.
         options: Whatever else the kind needs.
@@ -77,11 +77,13 @@ class Reference:
         exact: The implicit (or, for unrolled methods, unrolled) hypergradient that it approximates; None where there is
             none.
         others: Other values, by what a library that returns them has done, for the reason beside a wrong row.
+        factors: Likewise factors that a library may have left in.
     """
 
     own: np.ndarray
     exact: np.ndarray | None = None
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass

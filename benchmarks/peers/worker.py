@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,17 @@ class Worker:
             inner = [arrays[name] for name in arrays.files if name.startswith("inner")]
             outer = [arrays[name] for name in arrays.files if name.startswith("outer")]
         self.sides[key].place(inner, outer)
+
+    def restart(self, key: str) -> bool:
+        """Puts a side where it began; False where it cannot (see :meth:`Side.place`)."""
+        task = self.tasks[key]
+        if not hasattr(task, "inner") or not hasattr(task, "outer"):
+            return False
+        try:
+            self.sides[key].place(*([as_array(x) for x in part] for part in (task.inner, task.outer)))
+        except NotImplementedError:
+            return False
+        return True
 
     def step(self, key: str) -> None:
         self.sides[key].step()
@@ -153,6 +165,7 @@ def answer(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
     except NotOffered as error:
         return {"lacks": str(error)}
     except Exception as error:
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
 
 

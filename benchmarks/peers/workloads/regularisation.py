@@ -27,7 +27,7 @@ METHODS = {
     "identity": Method("identity"),
     "finite_difference": Method("finite_difference", tolerance=3e-2),
     "neumann": Method("neumann", 20, RATE),
-    "cg": Method("conjugate_gradient", 20),
+    "cg": Method("conjugate_gradient", 20, tolerance=2e-2),
 }
 
 

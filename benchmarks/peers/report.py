@@ -1,0 +1,176 @@
+"""Tables, JSON and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers.environments import LIBRARIES
+
+__all__ = ["RESULTS", "about", "lines_of", "load", "save", "with_results"]
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("method", "library", "passes", "ms a step", "to the loop by hand", "peak MiB", "error", "to the exact", "")
+
+
+def about(command: Sequence[str], seconds: float, settings: Any) -> dict[str, Any]:
+    """Returns what a reader needs to judge the numbers."""
+    gpu = torch.cuda.get_device_name() if settings.device == "cuda" else None
+    return {
+        "machine": f"{processor()}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
+        "threads": settings.threads,
+        "size": settings.size,
+        "rounds": settings.rounds,
+        "clock": "processor time" if settings.cpu_time else "wall clock",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "command": "python -m benchmarks.peers " + shlex.join(command),
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(seconds, 1),
+    }
+
+
+def processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def save(name: str, result: Mapping[str, Any], file: Path | None = None) -> Path:
+    """Writes a workload's result, a row a line."""
+    file = file or RESULTS / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            value_text = "[\n" + ",\n".join(f"  {_json(row)}" for row in value) + "\n ]"
+        else:
+            value_text = _json(value)
+        parts.append(f" {json.dumps(key)}: {value_text}")
+    file.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    return file
+
+
+def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Reads every workload's result."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def lines_of(result: Mapping[str, Any]) -> list[str]:
+    """Returns a workload's table and the lines below it, in Markdown."""
+    if "lines" in result:  # a table of another form, see benchmarks.peers.precision
+        return list(result["lines"])
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for key, label in result["methods"].items():
+        rows = [row for row in result["rows"] if row["method"] == key]
+        best = min((row["seconds"] for row in rows if ranked(row) and row["library"] != "hand"), default=None)
+        for row in sorted(rows, key=lambda row: (not ranked(row), row["library"] != "hand", _order(row["seconds"]))):
+            lines.append("| " + " | ".join(cells(row, label, best)) + " |")
+            label = ""
+    notes = [f"{LIBRARIES[name].name}: {why}." for name, why in result["absent"].items()]
+    remarks = [f"{LIBRARIES[row['library']].name}: {row['note'].rstrip('.')}." for row in result["rows"] if row["note"]]
+    notes += dict.fromkeys(remarks)
+    told = result["about"]
+    versions = ", ".join(
+        f"{name} {version}"
+        for library, found in result["versions"].items()
+        for name, version in found.items()
+        if name not in ("python", "torch") and library not in ("hand", "bilevel")
+    )
+    run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
+    lines += ["", f"{result['source']}. {run}; torch {told['torch']}, {versions}."]
+    return lines + ([""] + [f"- {note}" for note in notes] if notes else [])
+
+
+def ranked(row: Mapping[str, Any]) -> bool:
+    """Whether a row's time means anything."""
+    return not row["wrong"] and not row["failed"]
+
+
+def cells(row: Mapping[str, Any], label: str, best: float | None) -> list[str]:
+    name = LIBRARIES[row["library"]].name
+    if row["failed"]:
+        return [label, name, *[""] * 6, f"**fails**: {plain(row['failed'])}"]
+    found = row["ratio"]
+    ratio = "" if found is None or row["wrong"] or row["library"] == "hand" else spread(found)
+    time_cell = number(1e3 * row["seconds"])
+    if ranked(row) and row["seconds"] == best:
+        time_cell = f"**{time_cell}**"
+    peak = row["peak"] / 2**20
+    # no kernel counts resident pages to less than a mebibyte here: a JAX step below that says so
+    peak_cell = f"≤ {peak:.0f}" if row["peak_kind"] == "resident" and peak <= 1 else f"{peak:.2f}"
+    return [
+        label,
+        name,
+        "–" if row["passes"] is None else "{} + {}".format(*row["passes"]),
+        time_cell,
+        ratio,
+        "–" if math.isnan(peak) else peak_cell,
+        scientific(row["own_error"]),
+        scientific(row["exact_error"]),
+        f"**wrong**: {plain(row['wrong'])}" if row["wrong"] else "",
+    ]
+
+
+def number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def scientific(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def spread(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['low']:.2f}–{found['high']:.2f})"
+
+
+def plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def with_results(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a page's text with the table of every result whose marker it has.
+
+    Raises:
+        ValueError: A result has no marker, or its marker is not closed.
+    """
+    for name, result in results.items():
+        pattern = rf"(<!-- results: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text = "\n".join(["", *lines_of(result), "", ""])
+        page, count = re.subn(pattern, lambda match, text=text: match[1] + text + match[2], page, flags=re.S)
+        if count != 1:
+            raise ValueError(f"{count} places for the results {name!r}, each <!-- results: {name} --> … <!-- end -->")
+    return page
+
+
+def _order(seconds: float) -> float:
+    return math.inf if math.isnan(seconds) else seconds
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_short(value), ensure_ascii=False)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _short(part) for key, part in value.items()}
+    return [_short(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

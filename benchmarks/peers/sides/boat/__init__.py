@@ -1,0 +1,1 @@
+"""Workloads written for BOAT."""

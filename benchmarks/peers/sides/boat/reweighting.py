@@ -1,0 +1,5 @@
+"""(b) by this library."""
+
+from benchmarks.peers.sides.boat.implicit import build
+
+__all__ = ["build"]

@@ -1,0 +1,5 @@
+"""(b) by hand."""
+
+from benchmarks.peers.sides.hand.implicit import build
+
+__all__ = ["build"]

@@ -1,0 +1,1 @@
+"""Workloads written for JAX, with JAXopt where it has the method."""

@@ -1,0 +1,5 @@
+"""(a) by this library."""
+
+from benchmarks.peers.sides.torchopt.implicit import build
+
+__all__ = ["build"]

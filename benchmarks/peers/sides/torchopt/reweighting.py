@@ -1,0 +1,5 @@
+"""(b) by this library."""
+
+from benchmarks.peers.sides.torchopt.implicit import build
+
+__all__ = ["build"]

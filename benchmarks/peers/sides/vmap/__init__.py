@@ -1,0 +1,1 @@
+"""Tasks together, by hand with `torch.func.vmap`."""
