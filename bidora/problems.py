@@ -8,7 +8,9 @@ with ``W' = m ⊙ V/‖V‖``, ``V = W₀ + s·BA`` and R the orthogonality pena
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
@@ -18,8 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bidora.model import parameter_roles
 from bidora.orthogonality import orthogonality as orthogonality_penalty
-from bilevel import Estimator, Problem
+from bilevel import Automatic, Estimator, FiniteDifference, Identity, Problem
 from bilevel.errors import DataError
+from bilevel.hypergrad import InnerProblem, Pullback, Response
 
 __all__ = ["ComputeLoss", "Direction", "Magnitude", "model_loss"]
 
@@ -87,12 +90,13 @@ class Direction(Problem):
             name=name,
         )
         self._orthogonality = orthogonality
+        self._penalised = True
         self._compute_loss = compute_loss
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
         """Returns the task loss plus the penalty, and both apart."""
         task = self._compute_loss(self.module, batch)
-        if self._orthogonality == 0.0:
+        if self._orthogonality == 0.0 or not self._penalised:
             return {"loss": task}
         penalty = orthogonality_penalty(self.module)
         return {
@@ -100,6 +104,39 @@ class Direction(Problem):
             "task_loss": task.detach(),
             "orthogonality": penalty.detach(),
         }
+
+    def respond(self, estimator: Estimator, lower: InnerProblem) -> Response:
+        """Returns the response, without the penalty in the passes of methods that take a mixed product alone.
+
+        The penalty does not depend on m, and so has no part in ``∂²f/∂V∂m``.
+        """
+        response = super().respond(estimator, lower)
+        if isinstance(estimator, (Automatic, FiniteDifference, Identity)):
+            return _WithoutPenalty(self, response)
+        return response
+
+    @contextmanager
+    def without_penalty(self) -> Iterator[None]:
+        """Lets :meth:`loss` be the task loss alone in its body."""
+        before, self._penalised = self._penalised, False
+        try:
+            yield
+        finally:
+            self._penalised = before
+
+
+@dataclass(frozen=True)
+class _WithoutPenalty(Response):
+    problem: Direction
+    response: Response
+
+    @property
+    def point(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.response.point
+
+    def pullback(self, cotangent: tuple[Tensor, ...], state: Mapping[str, tuple[Tensor, ...]]) -> Pullback:
+        with self.problem.without_penalty():
+            return self.response.pullback(cotangent, state)
 
 
 class Magnitude(Problem):

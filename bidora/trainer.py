@@ -160,7 +160,8 @@ class BiDoRATrainer(Trainer):
         estimator = args.estimator
         if estimator.needs_double_backward:
             self._use_twice_differentiable_attention()
-        clip = args.max_grad_norm if args.max_grad_norm > 0 and not estimator.needs_trajectory else None
+        followed = estimator.needs_trajectory and estimator.needs_update
+        clip = args.max_grad_norm if args.max_grad_norm > 0 and not followed else None
         direction = Direction(
             self.adapted,
             optimizer=self._optimizer_factory(args.learning_rate, args.weight_decay),

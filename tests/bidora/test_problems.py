@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bidora import BiDoRAConfig, Direction, Magnitude, get_bidora_model
-from bilevel import Engine, EngineConfig, FiniteDifference, Identity
+from bidora.orthogonality import orthogonality as penalty
+from bilevel import Automatic, ConjugateGradient, Engine, EngineConfig, FiniteDifference, Identity
 from bilevel.errors import DataError
 
 SCALING = 2.0
@@ -127,6 +128,39 @@ def test_the_penalty_is_part_of_the_inner_loss_and_reported_apart():
     torch.testing.assert_close(penalised["loss"], plain + 0.5 * penalised["orthogonality"])
     torch.testing.assert_close(penalised["task_loss"], plain.detach())
     assert penalised["orthogonality"] > 0
+
+
+MIXED_ONLY = [Identity(), Identity(center="old"), FiniteDifference(), FiniteDifference(center="old"), Automatic()]
+
+
+@pytest.mark.parametrize("method", [*MIXED_ONLY, ConjugateGradient(damping=1.0)], ids=str)
+@pytest.mark.filterwarnings("ignore::bilevel.errors.BilevelWarning")
+def test_the_penalty_takes_part_in_products_only_where_it_matters(method, monkeypatch):
+    # It does not depend on m: ∂²f/∂V∂m is the task's, while the Hessian holds it.
+    class Plain(Direction):
+        def respond(self, estimator, lower):
+            return estimator.respond(lower)
+
+    def run(kind):
+        calls = []
+        monkeypatch.setattr("bidora.problems.orthogonality_penalty", lambda model: calls.append(1) or penalty(model))
+        model = adapted()
+        sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+        inner = kind(model, optimizer=sgd, orthogonality=0.01, compute_loss=squared_error, name="direction")
+        outer = Magnitude(model, optimizer=sgd, compute_loss=squared_error)
+        engine = Engine([outer, inner], EngineConfig(progress=False), hypergradient=method)
+        batches = {"direction": split(2), "magnitude": split(3)}
+        engine.step(batches)
+        del calls[:]
+        assert "direction/orthogonality" in engine.step(batches).metrics
+        return parts(model), len(calls)
+
+    (found, calls), (expected, more) = run(Direction), run(Plain)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    mixed_only = method in MIXED_ONLY
+    assert calls == (1 if mixed_only else more)  # the inner step's own
+    assert more > 1 or method == Identity(center="old")
 
 
 def test_the_head_belongs_to_the_direction(make_bert):
