@@ -35,12 +35,11 @@ VOCABULARY, HEADS, LAYERS, LOG_DECAY = 32, 4, 2, -6.0
 RATES = {"conv": 0.1, "transformer": 0.3}
 METHODS = {
     f"{network}_{steps}{'_memory' if least else ''}": Method(
-        "unrolled_least_memory" if least else "unrolled",
-        steps,
-        options={"network": network, "least_memory": least},
+        f"{text}, {steps} steps{', least memory' if least else ''}",
+        options={"network": network, "steps": steps, "least_memory": least},
         tolerance=5e-3,
     )
-    for network in ("conv", "transformer")
+    for network, text in (("conv", "conv net"), ("transformer", "transformer"))
     for steps, least in ((5, False), (20, False), (20, True))
 }
 
@@ -207,5 +206,6 @@ def reference(arrays: Arrays, size: str, method: Method) -> Reference:
         found: np.ndarray = torch.autograd.grad(value, decay)[0].numpy()
         return found
 
-    own = through(method.products)
-    return Reference(own, None, {"what one step fewer gives": through(method.products - 1), "zero": np.zeros_like(own)})
+    steps = method.options["steps"]
+    own = through(steps)
+    return Reference(own, None, {"what one step fewer gives": through(steps - 1), "zero": np.zeros_like(own)})

@@ -62,4 +62,4 @@ class Library(Side):
 
 
 def build(tasks: Tasks, method: Method) -> Library:
-    return Library(tasks.case(method), method.products)
+    return Library(tasks.case(method), method.options["steps"])

@@ -44,4 +44,4 @@ class Library(Side):
 
 def build(tasks: Tasks, method: Method) -> Library:
     memory = "replay" if method.options["least_memory"] else "graph"
-    return Library(tasks.case(method), method.products, memory)
+    return Library(tasks.case(method), method.options["steps"], memory)

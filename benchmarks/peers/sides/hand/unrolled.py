@@ -60,4 +60,4 @@ class Loop(Side):
 
 
 def build(tasks: Tasks, method: Method) -> Loop:
-    return Loop(tasks.case(method), method.products, again=method.options["least_memory"])
+    return Loop(tasks.case(method), method.options["steps"], again=method.options["least_memory"])

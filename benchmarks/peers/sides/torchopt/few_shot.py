@@ -1,0 +1,90 @@
+"""(d) by TorchOpt: ``MetaSGD`` for MAML, an implicit function with its conjugate gradients for implicit MAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torchopt
+from torch import Tensor
+
+from benchmarks.peers.side import KeepingSGD, Method, Side
+from benchmarks.peers.workloads.few_shot import FewShot, Tasks
+
+
+class Unrolled(Side):
+    """A loop over tasks: the network is put back to λ after each."""
+
+    def __init__(self, problem: FewShot) -> None:
+        self.problem, self.network = problem, problem.copy()
+        self.inner = torchopt.MetaSGD(self.network, lr=problem.rate)
+        self.outer = KeepingSGD(self.network.parameters(), lr=problem.outer_rate)
+
+    def step(self) -> None:
+        problem = self.problem
+        self.outer.zero_grad()
+        network = torchopt.extract_state_dict(self.network, by="reference", detach_buffers=True)
+        optimizer = torchopt.extract_state_dict(self.inner, by="reference")
+        for number in range(problem.count):
+            for _ in range(problem.steps):
+                self.inner.step(problem.support_loss(self.network, number))
+            (problem.query_loss(self.network, number) / problem.count).backward()
+            torchopt.recover_state_dict(self.network, network)
+            torchopt.recover_state_dict(self.inner, optimizer)
+        self.outer.step()
+
+    def hypergradient(self) -> Sequence[Tensor]:
+        return self.outer.kept
+
+
+class Implicit(Side):
+    """A loop over tasks, each with an implicit function of λ."""
+
+    note = "custom_root with solve_cg; an iteration evaluates the loss's gradient once more"
+
+    def __init__(self, problem: FewShot) -> None:
+        self.problem = problem
+        self.start = [p.detach().clone().requires_grad_() for p in problem.network.parameters()]
+        self.outer = KeepingSGD(self.start, lr=problem.outer_rate)
+
+    def step(self) -> None:
+        self.outer.zero_grad()
+        for number in range(self.problem.count):
+            w = self.solved(number)(tuple(p.detach() for p in self.start), tuple(self.start))
+            loss = self.problem.query_loss(self.problem.with_parameters(w), number)
+            (loss / self.problem.count).backward(inputs=self.start)
+        self.outer.step()
+
+    def solved(self, number: int) -> Any:
+        problem, beta = self.problem, self.problem.proximal
+
+        def objective(w: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
+            penalty: Any = sum((a - b).square().sum() for a, b in zip(w, start, strict=True))
+            return problem.support_loss(problem.with_parameters(w), number) + beta / 2 * penalty
+
+        def optimality(w: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = torch.func.grad(objective)(tuple(w), tuple(start))
+            return found
+
+        solve = torchopt.linear_solve.solve_cg(maxiter=problem.products, rtol=0.0, atol=0.0)
+
+        @torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=solve)
+        def solver(w: tuple[Tensor, ...], start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            fixed = [p.detach() for p in start]
+            for _ in range(problem.steps):
+                with torch.enable_grad():
+                    here = tuple(p.detach().requires_grad_() for p in w)
+                    grads = torch.autograd.grad(objective(here, fixed), here)
+                w = tuple(p.detach() - problem.rate * g for p, g in zip(here, grads, strict=True))
+            return w
+
+        return solver
+
+    def hypergradient(self) -> Sequence[Tensor]:
+        return self.outer.kept
+
+
+def build(tasks: Tasks, method: Method) -> Side:
+    problem = tasks.case(method)
+    return Implicit(problem) if method.options["implicit"] else Unrolled(problem)
