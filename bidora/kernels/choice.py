@@ -77,6 +77,8 @@ def obstacle(
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "the base layer's parameters require gradients"
     dtype = weight.dtype
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        return f"the range of {dtype} is too small to keep an output whose magnitude is 0"
     if torch.is_autocast_enabled(weight.device.type) and torch.get_autocast_dtype(weight.device.type) != dtype:
         return f"autocast computes in {torch.get_autocast_dtype(weight.device.type)} and the weight is {dtype}"
     if base_result is not None and base_result.dtype != dtype:

@@ -31,7 +31,7 @@ def row_scale_kernel(
     start_of_row = row.to(tl.int64) * stride_row
     half = tl.zeros((ROWS, RANK), tl.float32)
     gram = tl.zeros((RANK, RANK), tl.float32)
-    known = tl.zeros((ROWS,), tl.float32)
+    elementwise = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed at the end: a reduction in every turn is slow
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         there = column < columns
@@ -51,11 +51,12 @@ def row_scale_kernel(
             gram = tl.dot(high, tl.trans(low), gram)
             gram = tl.dot(low, tl.trans(high), gram)
         wide = w.to(tl.float32)
-        known += tl.sum(wide * wide, 1)
+        elementwise += wide * wide
+    known = tl.sum(elementwise, 1)
 
     b = tl.load(lora_B + row[:, None] * rank + q[None, :], mask=inside[:, None] & (q < rank)[None, :], other=0.0)
     b = b.to(tl.float32)
-    through = half + scaling * tl.dot(b, gram, input_precision="ieee")
+    through = half + scaling * tl.dot(b, gram, input_precision="tf32x3")
     squares = known + scaling * tl.sum(b * (half + through), 1)
     trace = tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], gram, 0.0), 1), 0)
     ill = squares < ill_conditioned * (known + scaling * scaling * trace * tl.sum(b * b, 1))
@@ -148,10 +149,10 @@ def scale_cotangent_kernel(
 
 @triton.jit
 def norm_cotangent_kernel(
-    parts, inverse, magnitude, lora_B, gradient, coefficient, weighted, gram, num_parts, rows, rank, padded,
+    parts, inverse, magnitude, lora_B, gradient, coefficient, weighted, num_parts, rows, rank, padded,
     ROWS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dm, k, ``(k ⊙ B)ᵀ`` and this program's part of ``(k ⊙ B)ᵀB``."""
+    """Writes dm, k and ``(k ⊙ B)ᵀ``."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     part = tl.arange(0, PARTS)
@@ -175,15 +176,12 @@ def norm_cotangent_kernel(
             kb.to(weighted.dtype.element_ty),
             mask=(q < padded)[:, None] & inside[None, :],
         )
-        product = tl.dot(kb, b, input_precision="ieee")
-        at = gram + tl.program_id(0) * rank * rank + q[:, None] * rank + q[None, :]
-        tl.store(at, product, mask=(q < rank)[:, None] & (q < rank)[None, :])
 
 
 @triton.jit
 def factor_gradients_kernel(
     product_A, product_B, through_weight, gram, coefficient, projection, lora_A, gradient_A, gradient_B,
-    num_parts, rows, columns, rank, scaling, programs_A,
+    rows, columns, rank, scaling, programs_A,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
 ):  # fmt: skip
     """The first programs write ``s·product_A + 2s·(through_weight + s·gram A)``, the others dB."""
@@ -194,15 +192,14 @@ def factor_gradients_kernel(
         if program < programs_A:
             column = program * COLUMNS + tl.arange(0, COLUMNS)
             there = column < columns
-            total = tl.zeros((RANK, RANK), tl.float32)
-            square = q[:, None] * rank + q[None, :]
-            for part in range(num_parts):
-                total += tl.load(gram + part * rank * rank + square, mask=known[:, None] & known[None, :], other=0.0)
+            square = tl.load(
+                gram + q[:, None] * rank + q[None, :], mask=known[:, None] & known[None, :], other=0.0
+            ).to(tl.float32)  # fmt: skip
             at = q[:, None] * columns + column[None, :]
             mask = known[:, None] & there[None, :]
             a = tl.load(lora_A + at, mask=mask, other=0.0).to(tl.float32)
             through = tl.load(through_weight + at, mask=mask, other=0.0).to(tl.float32)
-            through += scaling * tl.dot(total, a, input_precision="ieee")
+            through += scaling * tl.dot(square, a, input_precision="tf32x3")
             value = scaling * tl.load(product_A + at, mask=mask, other=0.0).to(tl.float32) + 2 * scaling * through
             tl.store(gradient_A + at, value.to(gradient_A.dtype.element_ty), mask=mask)
     if HAS_B:  # noqa: SIM102

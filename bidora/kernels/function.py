@@ -100,14 +100,14 @@ class _DoraLinear(torch.autograd.Function):
         _, _, needs_A, needs_B, needs_m, *_ = ctx.needs_input_grad
         needs_factors = differentiated and (needs_A or needs_B)
         needs_sums = needs_factors or (differentiated and needs_m)
-        base = base_result.reshape(-1, base_result.shape[-1]).contiguous()
+        base = base_result.contiguous()
         A, B = split_factors(lora_A, lora_B, x.dtype, split)
         hidden = x.reshape(-1, x.shape[-1]).mm(A.T)
         scale, inverse, projection = kernels.row_scale(
             weight, lora_A if split else A, lora_B, magnitude, scaling,
             project=differentiated and needs_B, recoverable=needs_sums and bias is None,
         )  # fmt: skip
-        y = kernels.combine(base, hidden, B, scale, bias, scaling).view(base_result.shape)
+        y = kernels.combine(base, hidden, B, scale, bias, scaling)
         if differentiated:
             ctx.save_for_backward(
                 x, weight, lora_A, lora_B, magnitude, bias, A, B, scale, inverse, projection,
@@ -139,11 +139,11 @@ def _gradients(
 
     cotangents = dy.new_empty(n + more, dy.shape[1])
     dz, weighted = cotangents[:n], cotangents[n:]
-    flat = None if y is None else y.view(dy.shape)
-    parts = kernels.scale_cotangent(dy, flat, base, hidden, B, scale, bias, s, cotangents)
+    y, base = (None if t is None else t.view(dy.shape) for t in (y, base))
+    parts = kernels.scale_cotangent(dy, y, base, hidden, B, scale, bias, s, cotangents)
     dx = dA = dB = dm = k = gram = through_weight = None
     if parts is not None:
-        dm, k, gram = kernels.norm_cotangent(parts, inverse, magnitude, lora_B, weighted if needs_A else None)
+        dm, k = kernels.norm_cotangent(parts, inverse, magnitude, lora_B, weighted if needs_A else None)
     if needs_x:
         product = cotangents.mm(weight)
         dx, through_weight = product[:n], product[n:]
@@ -154,6 +154,7 @@ def _gradients(
         if dx is not None:
             dx = dx.addmm_(dh, A, alpha=s).view(x.shape)
         if needs_A:
+            gram = weighted[:rank].mm(B[:, :rank])
             dA = _joined(dh.T.mm(x.reshape(-1, x.shape[-1])), rank, (0, 2), 0, ctx.split)
     if needs_B:
         dB = _joined(dz.T.mm(hidden), rank, (0, 1), 1, ctx.split)
@@ -173,12 +174,14 @@ def _joined(product: Tensor, rank: int, which: tuple[int, int], dim: int, split:
 
 def _graph_gradients(ctx: Any, gradient: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
     x, weight, lora_A, lora_B, magnitude, bias, *_ = ctx.saved_tensors
+    # Of one another they may be functions, as x is of a lower layer's A: these views are not.
+    inputs = [t.view_as(t) for t in (x, lora_A, lora_B, magnitude)]
     device, dtype, enabled = ctx.autocast
     with torch.autocast(device, dtype=dtype, enabled=enabled):
-        y = ctx.reference(x, weight, lora_A, lora_B, magnitude, ctx.scaling, bias)
-    inputs = [t for t, needed in zip((x, lora_A, lora_B, magnitude), wanted, strict=True) if needed]
-    found = iter(torch.autograd.grad(y, inputs, gradient.to(y.dtype), create_graph=True))
-    return [next(found) if needed else None for needed in wanted]
+        y = ctx.reference(inputs[0], weight, *inputs[1:], ctx.scaling, bias)
+    needed = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(y, needed, gradient.to(y.dtype), create_graph=True))
+    return [next(found) if want else None for want in wanted]
 
 
 def _autocast_state(device: str) -> tuple[str, torch.dtype, bool]:

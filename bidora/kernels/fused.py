@@ -31,20 +31,20 @@ class FusedKernels(PlainKernels):
         rank = lora_A.shape[0]
         out = torch.empty(2, rows, dtype=torch.float32, device=weight.device)
         projection = torch.empty(rows, rank, dtype=torch.float32, device=weight.device) if project else None
-        tile = 16 if rows <= 2048 else 32
+        tile = 64 if rows > 2048 else 16
         zero = zero_norm(torch.float32) ** 2
         split = lora_A.dtype != weight.dtype
         device.row_scale_kernel[(_blocks(rows, tile),)](
             weight, lora_A, lora_B, magnitude, out, projection, rows, columns, rank, weight.stride(0), weight.stride(1),
             scaling, zero, ILL_CONDITIONED, SMALLEST_SCALE,
             ROWS=tile, COLUMNS=128, RANK=_padded(rank), SPLIT=split, PROJECT=project, RECOVERABLE=recoverable,
-            num_warps=4, num_stages=4,
+            num_warps=4, num_stages=5 if tile == 64 else 3,
         )  # fmt: skip
         return RowScale(out[0], out[1], projection)
 
     @staticmethod
     def combine(base: Tensor, hidden: Tensor, factor: Tensor, scale: Tensor, bias: Tensor | None, s: float) -> Tensor:
-        (n, rows), rank = base.shape, hidden.shape[1]
+        (n, rank), rows = hidden.shape, base.shape[-1]
         out = torch.empty_like(base)
         device.combine_kernel[(_blocks(rows, 128), _blocks(n, 64))](
             base, hidden, factor, scale, bias, out, n, rows, rank, s,
@@ -80,19 +80,16 @@ class FusedKernels(PlainKernels):
     @staticmethod
     def norm_cotangent(
         parts: Tensor, inverse: Tensor, magnitude: Tensor, lora_B: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         (num_parts, size), rank = parts.shape, lora_B.shape[1]
         gradient = torch.empty_like(magnitude)
         coefficient = torch.empty(size, dtype=torch.float32, device=parts.device)
-        gram = None
-        if rows is not None:
-            gram = torch.empty(_blocks(size, 64), rank, rank, dtype=torch.float32, device=parts.device)
         device.norm_cotangent_kernel[(_blocks(size, 64),)](
-            parts, inverse, magnitude, lora_B, gradient, coefficient, rows, gram, num_parts, size, rank,
+            parts, inverse, magnitude, lora_B, gradient, coefficient, rows, num_parts, size, rank,
             0 if rows is None else len(rows),
             ROWS=64, PARTS=16, RANK=_padded(rank), FACTORS=rows is not None, num_warps=4,
         )  # fmt: skip
-        return gradient, coefficient, gram
+        return gradient, coefficient
 
     @staticmethod
     def factor_gradients(
@@ -113,7 +110,7 @@ class FusedKernels(PlainKernels):
         programs_B = 0 if product_B is None else _blocks(rows, 128)
         device.factor_gradients_kernel[(programs_A + programs_B,)](
             product_A, product_B, through_weight, gram, coefficient, row_scale.projection, lora_A, dA, dB,
-            0 if gram is None else len(gram), rows, columns, rank, s, programs_A,
+            rows, columns, rank, s, programs_A,
             COLUMNS=128, ROWS=128, RANK=_padded(rank), HAS_A=dA is not None, HAS_B=dB is not None, num_warps=4,
         )  # fmt: skip
         return dA, dB

@@ -90,9 +90,10 @@ class PlainKernels:
 
     @staticmethod
     def combine(base: Tensor, hidden: Tensor, factor: Tensor, scale: Tensor, bias: Tensor | None, s: float) -> Tensor:
-        """Returns ``y = g ⊙ (base + s·hidden factorᵀ) + (1 − g) ⊙ bias``, (n, out)."""
+        """Returns ``y = g ⊙ (base + s·hidden factorᵀ) + (1 − g) ⊙ bias``, (…, out) as base is, and no view."""
         with autocast_off(base.device):
-            wide = torch.addmm(base, hidden, factor.T, alpha=s).to(scale.dtype) * scale
+            low_rank = hidden.view(*base.shape[:-1], -1) @ factor.T
+            wide = torch.add(base, low_rank, alpha=s).to(scale.dtype) * scale
             if bias is not None:
                 wide += (1 - scale) * bias
         return wide.to(base.dtype)
@@ -130,25 +131,23 @@ class PlainKernels:
     @staticmethod
     def norm_cotangent(
         parts: Tensor, inverse: Tensor, magnitude: Tensor, lora_B: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns ``dm = dg/‖V‖``, ``k = dL/d‖V‖² = −½·dg·m/‖V‖³``, and parts that sum to ``(k ⊙ B)ᵀB``.
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ``dm = dg/‖V‖`` and ``k = dL/d‖V‖² = −½·dg·m/‖V‖³``.
 
         Args:
             parts: (parts, out), summing to dg.
             inverse: 1/‖V‖, or 0.
             magnitude: m.
             lora_B: B.
-            rows: Where ``(k ⊙ B)ᵀ`` goes, with zeros below: (≥ r, out); None if neither A nor B needs a gradient.
+            rows: Where ``(k ⊙ B)ᵀ`` goes, with zeros below: (≥ r, out); None if A needs no gradient.
         """
         gradient = parts.sum(0) * inverse
         coefficient = -0.5 * gradient * magnitude * inverse.square()
-        if rows is None:
-            return gradient, coefficient, None
-        B = lora_B.to(coefficient.dtype)
-        weighted = (coefficient.unsqueeze(1) * B).T
-        rows[: len(weighted)] = weighted
-        rows[len(weighted) :] = 0
-        return gradient, coefficient, (weighted @ B).unsqueeze(0)
+        if rows is not None:
+            rank = lora_B.shape[1]
+            rows[:rank] = (coefficient.unsqueeze(1) * lora_B).T
+            rows[rank:] = 0
+        return gradient, coefficient
 
     @staticmethod
     def factor_gradients(
@@ -170,7 +169,7 @@ class PlainKernels:
             product_A: ``(dz B)ᵀ x``, (r, in).
             product_B: ``dzᵀ (x Aᵀ)``, (out, r).
             through_weight: ``(k ⊙ B)ᵀ W₀``, (≥ r, in).
-            gram: (parts, r, r), summing to ``(k ⊙ B)ᵀB``.
+            gram: ``(k ⊙ B)ᵀB``, (r, r).
             coefficient: k.
             row_scale: What :meth:`row_scale` returned, with the projection.
             lora_A: A.
@@ -182,7 +181,7 @@ class PlainKernels:
         if product_A is not None:
             assert through_weight is not None
             assert gram is not None
-            through_norm = through_weight[: len(lora_A)].to(dtype) + s * (gram.sum(0) @ lora_A.to(dtype))
+            through_norm = through_weight[: len(lora_A)].to(dtype) + s * (gram.to(dtype) @ lora_A.to(dtype))
             dA = (s * product_A.to(dtype) + (2 * s) * through_norm).to(lora_A.dtype)
         if product_B is not None:
             assert row_scale.projection is not None
