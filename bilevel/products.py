@@ -60,6 +60,7 @@ class Products(ABC):
             where nothing is displaced.
         transposed: Whether the curvature's products are with the transpose of ``∂g/∂w``, as the adjoint system asks;
             where they are not, the answer is right for a symmetric one only.
+        message: How they are taken, where that is worth a word.
     """
 
     value: Tensor
@@ -67,6 +68,7 @@ class Products(ABC):
     gradient: Tensors
     lost: float = 0.0
     transposed: bool = True
+    message: str = ""
 
     def select(self, vector: Sequence[Tensor]) -> Tensors:
         """Returns the active parts of a vector over all inner variables."""
@@ -81,8 +83,8 @@ class Products(ABC):
         """Returns ``(∂g/∂λ)ᵀ q``."""
 
     @abstractmethod
-    def hessian_and_mixed(self, q: Tensors) -> tuple[Tensors, Tensors]:
-        """Returns both products, in one pass where that is possible; the last call."""
+    def hessian_and_mixed(self, q: Tensors, *, last: bool = True) -> tuple[Tensors, Tensors]:
+        """Returns both products, in one pass where that is possible; the last call, unless told otherwise."""
 
     def roundoff(self) -> float:
         """Returns the relative round-off of a product."""
@@ -136,9 +138,9 @@ class GradientGraph(Products):
         """Returns ``(∂g/∂λ)ᵀ q`` and keeps the graph."""
         return self._pull(q, self._outer, retain=True)
 
-    def hessian_and_mixed(self, q: Tensors) -> tuple[Tensors, Tensors]:
-        """Returns both products in one backward pass, and frees the graph: the true residual comes with the answer."""
-        both = self._pull(q, self._inner + self._outer, retain=False)
+    def hessian_and_mixed(self, q: Tensors, *, last: bool = True) -> tuple[Tensors, Tensors]:
+        """Returns both products in one backward pass: the true residual comes with the answer. Frees the graph."""
+        both = self._pull(q, self._inner + self._outer, retain=not last)
         return both[: len(self._inner)], both[len(self._inner) :]
 
     def _pull(self, q: Tensors, inputs: Tensors, *, retain: bool) -> Tensors:
@@ -201,9 +203,9 @@ class GaussNewtonGraph(GradientGraph):
         both = (*q, *(-part for part in q))
         return self._pull_through((*self.gradient, *self._model_gradient), both, self._inner, retain=True)
 
-    def hessian_and_mixed(self, q: Tensors) -> tuple[Tensors, Tensors]:
+    def hessian_and_mixed(self, q: Tensors, *, last: bool = True) -> tuple[Tensors, Tensors]:
         """Returns both products, in two backward passes."""
-        return self.hessian(q), self.mixed(q)
+        return self.hessian(q), self.mixed(q) if last else self.mixed_again(q)
 
     def full_hessian(self, q: Tensors) -> Tensors:
         """Returns the Hessian's own product with ``q``."""
@@ -255,7 +257,7 @@ class DifferenceProducts(Products):
         """Returns ``(∂g/∂λ)ᵀ q``."""
         return self._difference(q, inner=False, outer=True)[1]
 
-    def hessian_and_mixed(self, q: Tensors) -> tuple[Tensors, Tensors]:
+    def hessian_and_mixed(self, q: Tensors, *, last: bool = True) -> tuple[Tensors, Tensors]:
         """Returns both products from the same two evaluations."""
         return self._difference(q, inner=True, outer=True)
 
@@ -324,9 +326,9 @@ class FieldProducts(GradientGraph):
         pieces = torch.split(self._jacobian.T @ flat, [part.numel() for part in q])
         return tuple(piece.reshape(part.shape).to(part) for piece, part in zip(pieces, q, strict=True))
 
-    def hessian_and_mixed(self, q: Tensors) -> tuple[Tensors, Tensors]:
+    def hessian_and_mixed(self, q: Tensors, *, last: bool = True) -> tuple[Tensors, Tensors]:
         """Returns both products."""
-        return self.hessian(q), self.mixed(q)
+        return self.hessian(q), self.mixed(q) if last else self.mixed_again(q)
 
     def roundoff(self) -> float:
         """As for differences."""

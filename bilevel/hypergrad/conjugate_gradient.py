@@ -28,8 +28,8 @@ class ConjugateGradient(Krylov, Preconditioned):
         rtol: Stops once ``‖(H + δI)q − v‖ ≤ rtol ‖v‖``.
         damping: δ ≥ 0.
 
-    Cost: 1 forward and 1 backward pass with graph, iterations + 1 products; a warm start takes 1 more, the Nyström
-        preconditioner its rank.
+    Cost: 1 forward and 1 backward pass with graph, iterations + 1 products; a warm start takes 1 more (but 1
+        in all where it is accurate enough), the Nyström preconditioner its rank.
     """
 
     name: ClassVar[str] = "conjugate_gradient"
@@ -52,5 +52,6 @@ class ConjugateGradient(Krylov, Preconditioned):
             epsilon=system.epsilon,
             start=system.start,
             preconditioner=None if factors is None else factors.inverse,
+            compiled=system.compiled,
         )
         return solution, {}

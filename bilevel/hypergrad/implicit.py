@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from bilevel.compiled import CompiledGraph, check_compile, graph_kind
 from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
 from bilevel.hypergrad.certificate import Bound, Certificate, as_certificate
-from bilevel.linear import Operator, Solution, damped, machine_epsilon
+from bilevel.linear import CompileIteration, Iteration, Operator, Solution, damped, machine_epsilon
 from bilevel.products import (
     TOLERATED_ROUNDING,
     DifferenceProducts,
@@ -45,6 +46,7 @@ class System:
         state: What the method kept at its last call.
         transposed: Whether products are with the transposed Jacobian of the inner gradient; if not, the system is the
             right one for a symmetric Jacobian only.
+        compiled: Compiles an iteration with its product, where products are compiled.
     """
 
     operator: Operator
@@ -54,6 +56,7 @@ class System:
     diagonal: Tensors | None = None
     state: State = field(default_factory=dict)
     transposed: bool = True
+    compiled: CompileIteration | None = None
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,16 @@ class Implicit(Estimator):
             autograd (2 n passes for n inner variables).
         difference_step: ε of the differences, see :class:`~bilevel.FiniteDifference`.
         certificate: What is known of the losses; an error bound then comes with the answer.
+        compile: Compile the products, and with them the iterations of ``conjugate_gradient`` and ``neumann`` without a
+            preconditioner: True for ``torch.compile``'s default back end, or the name of another one. The first solve
+            takes seconds to minutes. The loss must be one graph of tensor operations that draws no random numbers.
     """
 
     curvature: str = field(default="hessian", kw_only=True)
     products: str = field(default="autodiff", kw_only=True)
     difference_step: float | str = field(default="auto", kw_only=True)
     certificate: Certificate | None = field(default=None, kw_only=True)
+    compile: bool | str = field(default=False, kw_only=True)
 
     refuses_gauss_newton: ClassVar[str] = ""
     """Why the solver makes no sense with a positive semi-definite curvature; empty where it does."""
@@ -85,6 +92,7 @@ class Implicit(Estimator):
         check_choice(owner, "curvature", self.curvature, ("hessian", "gauss_newton"))
         check_choice(owner, "products", self.products, ("autodiff", "finite_difference", "field"))
         check_number(owner, "difference_step", self.difference_step, minimum=0.0, exclusive=True, auto=True)
+        check_compile(owner, self.compile, self.products, self.curvature)
         object.__setattr__(self, "needs_double_backward", self.products != "finite_difference")
         object.__setattr__(self, "certificate", as_certificate(owner, self.certificate))
         if self.curvature == "gauss_newton" and self.refuses_gauss_newton:
@@ -122,6 +130,10 @@ class Implicit(Estimator):
     def starts_warm(self) -> bool:
         """Whether the solution of one call is where the next one starts."""
         return False
+
+    def tolerance(self) -> float:
+        """Returns the relative residual at which the method stops; 0 where it does not go by it."""
+        return float(getattr(self, "rtol", 0.0))
 
 
 @dataclass(frozen=True)
@@ -179,7 +191,7 @@ def with_products(estimator: Implicit, problem: InnerProblem, body: Callable[[Pr
         return objective.within(
             inner, outer, lambda evaluate: body(FieldProducts(objective, evaluate, inner, outer, step))
         )
-    kind = GaussNewtonGraph if estimator.curvature == "gauss_newton" else GradientGraph
+    kind = graph_kind(estimator.curvature, estimator.compile)
     return objective.within(inner, outer, lambda evaluate: body(kind(objective, evaluate, inner, outer)))
 
 
@@ -187,25 +199,37 @@ def solve_adjoint(
     estimator: Implicit, products: Products, v: Tensors, state: State, diagonal: Tensors | None = None
 ) -> Pullback:
     """Solves the adjoint system; the last product gives answer and true residual together."""
-    system, damping = _Counted(lambda q: promote(products.hessian(q))), estimator.regularisation()
+    system, damping = _Counted(lambda q: promote(products.hessian(q)), products), estimator.regularisation()
     slope = float(norm([part.detach() for part in products.gradient]))
     epsilon = max(products.roundoff(), machine_epsilon(v))
     size = float(norm(v))
     # Inner products of a tiny or huge cotangent leave the range of float32; a power of two rescales without rounding.
     unit = 2.0 ** max(-100, min(100, math.frexp(size)[1])) if math.isfinite(size) else 1.0
     v = scale(1 / unit, v)
+    first: _First | None = None
+    solved, new = False, state
     if size == 0.0 or not math.isfinite(size):
         # The outer loss is flat in the inner parameters; or a NaN, which every solver's start at zero would swallow.
         status, message = (Status.CONVERGED, "") if size == 0.0 else (Status.DIVERGED, "∂F/∂w is not finite")
         solution, kept = Solution(v, status, 0, message), {k: part for k, part in state.items() if k != SOLUTION}
     else:
         start = _start(estimator, v, state, unit)
-        given = System(damped(system, damping), v, epsilon, start, diagonal, state, products.transposed)
-        solution, new = estimator.solve(given)
+        given = System(
+            damped(system, damping), v, epsilon, start, diagonal, state, products.transposed, system.compiled(damping)
+        )
+        first = None if start is None else _First(system, products, start, v, damping)
+        solved = first is not None and first.residual <= estimator.tolerance()
+        if start is not None and solved:
+            solution, new = Solution(start, Status.CONVERGED, 1), state
+        else:
+            solution, new = estimator.solve(given)
         kept = {key: part for key, part in new.items() if key != SOLUTION}
     # In the outer loss's own units: its Lipschitz constants are not rescaled.
     bound, extra = _certify(estimator, products, slope, scale(unit, solution.q), scale(unit, v))
-    image, mixed = products.hessian_and_mixed(solution.q)
+    if first is not None and solved:
+        image, mixed = first.image, first.mixed
+    else:
+        image, mixed = products.hessian_and_mixed(solution.q)
     image = axpy(damping, solution.q, promote(image))
     residual = float(norm(subtract(image, v))) / float(norm(v)) if size != 0.0 else 0.0
     mixed = scale(unit, mixed)
@@ -219,22 +243,63 @@ def solve_adjoint(
         status=status,
         residual=residual,
         iterations=solution.iterations,
-        products=system.count + extra + 1,
+        products=system.count + extra + (not solved),
         error_bound=bound.value,
         error_bound_basis=bound.basis,
         inner_gradient_norm=slope,
         method=estimator.name,
-        message="; ".join(part for part in (message, damping_note, bound.note) if part),
+        message="; ".join(part for part in (message, damping_note, bound.note, products.message) if part),
     )
     return Pullback(negative(mixed), info, kept)
 
 
+class _First:
+    """Both products of a start: it may be the solution already, and the answer is then there at the price of a look.
+
+    The product with H is what every solver would begin with; it is kept for that.
+    """
+
+    def __init__(self, system: _Counted, products: Products, start: Tensors, v: Tensors, damping: float) -> None:
+        self.image, self.mixed = products.hessian_and_mixed(start, last=False)
+        system.know(start, promote(self.image))
+        image = axpy(damping, start, promote(self.image))
+        self.residual = float(norm(subtract(image, v))) / float(norm(v))
+
+
 class _Counted:
-    def __init__(self, product: Operator) -> None:
+    def __init__(self, product: Operator, products: Products | None = None) -> None:
         self._product = product
+        self._products = products
+        self._known: tuple[Tensors, Tensors] | None = None
         self.count = 0
 
+    def know(self, q: Tensors, image: Tensors) -> None:
+        """Counts a product that was taken elsewhere, and returns it where it is asked for next."""
+        self.count += 1
+        self._known = q, image
+
+    def compiled(self, damping: float) -> CompileIteration | None:
+        """Returns what compiles an iteration with the damped product, where products are compiled."""
+        products = self._products
+        if not isinstance(products, CompiledGraph):
+            return None
+
+        def make(name: str, body: Callable[..., Tensors]) -> Iteration | None:
+            step = products.iteration(
+                f"{name}, damping {damping!r}", lambda operator, *tensors: body(damped(operator, damping), *tensors)
+            )
+            return None if step is None else lambda *tensors: self._counted(step(*tensors))
+
+        return make
+
+    def _counted(self, found: Tensors) -> Tensors:
+        self.count += 1
+        return found
+
     def __call__(self, q: Tensors) -> Tensors:
+        known, self._known = self._known, None
+        if known is not None and known[0] is q:
+            return known[1]
         self.count += 1
         return self._product(q)
 

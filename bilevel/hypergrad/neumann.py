@@ -96,6 +96,7 @@ class Neumann(Preconditioned):
             preconditioner=None if factors is None else factors.inverse,
             symmetric=not system.transposed,
             rtol=self.rtol,
+            compiled=system.compiled,
         )
 
     def judge(self, solution: Solution, residual: float, epsilon: float) -> Status:

@@ -16,10 +16,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from bilevel.compiled import check_compile, graph_kind
 from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
 from bilevel.linear import Operator, machine_epsilon, rounding_allowance
-from bilevel.products import DifferenceProducts, GaussNewtonGraph, GradientGraph, Products
+from bilevel.products import DifferenceProducts, Products
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_number
 from bilevel.vector import Tensors, axpy, dot, is_finite, norm, promote, subtract, zeros_like
@@ -43,6 +44,9 @@ class Stochastic(Estimator):
         products: How products are taken: ``"autodiff"``, or ``"finite_difference"`` of first derivatives (2 forward and
             2 backward passes each), where no double backward exists.
         difference_step: ε of ``"finite_difference"``, see :class:`~bilevel.FiniteDifference`.
+        compile: Compile the products: True for ``torch.compile``'s default back end, or the name of another one. The
+            first call takes seconds to minutes. The loss must be one graph of tensor operations that draws no random
+            numbers.
     """
 
     step_size: float = 0.1
@@ -50,6 +54,7 @@ class Stochastic(Estimator):
     curvature: str = field(default="hessian", kw_only=True)
     products: str = field(default="autodiff", kw_only=True)
     difference_step: float | str = field(default="auto", kw_only=True)
+    compile: bool | str = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Validates the shared fields; a subclass calls it."""
@@ -60,6 +65,7 @@ class Stochastic(Estimator):
         check_choice(owner, "curvature", self.curvature, ("hessian", "gauss_newton"))
         check_choice(owner, "products", self.products, ("autodiff", "finite_difference"))
         check_number(owner, "difference_step", self.difference_step, minimum=0.0, exclusive=True, auto=True)
+        check_compile(owner, self.compile, self.products, self.curvature)
         if self.products == "autodiff" and self.difference_step != "auto":
             raise ConfigError(f"{owner}.difference_step belongs to products='finite_difference'")
         if self.products == "finite_difference" and self.curvature == "gauss_newton":
@@ -104,7 +110,7 @@ def _open(estimator: Stochastic, problem: InnerProblem, body: Callable[[Products
     inner, outer, objective = problem.inner, problem.outer, problem.objective
     if estimator.products == "finite_difference":
         return body(DifferenceProducts(objective, inner, outer, estimator.difference_step))
-    kind = GaussNewtonGraph if estimator.curvature == "gauss_newton" else GradientGraph
+    kind = graph_kind(estimator.curvature, estimator.compile)
     return objective.within(inner, outer, lambda evaluate: body(kind(objective, evaluate, inner, outer)))
 
 
@@ -152,6 +158,7 @@ class Batches:
         self._seen: list[Tensor] = []
         self._epsilon = 0.0
         self._lost = 0.0
+        self._messages: dict[str, None] = {}
         self._gradient_norm = math.nan
 
     def on(self, place: int, body: Callable[[Products], T]) -> T:
@@ -251,7 +258,7 @@ class Batches:
             products=self.count,
             inner_gradient_norm=self._gradient_norm,
             method=self._estimator.name,
-            message="; ".join(part for part in (message, reason) if part),
+            message="; ".join(part for part in (message, reason, *self._messages) if part),
         )
         return Pullback(value, info, {**({} if status is Status.DIVERGED else state), **(always or {})})
 
@@ -263,6 +270,8 @@ class Batches:
     def _note(self, products: Products) -> None:
         self._epsilon = max(self._epsilon, products.roundoff())
         self._lost = max(self._lost, products.lost)
+        if products.message:
+            self._messages[products.message] = None
 
     def _image(self, products: Products, q: Tensors) -> Tensors:
         part = products.select(q)

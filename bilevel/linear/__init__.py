@@ -1,6 +1,15 @@
 """Solvers of ``H q = v`` from products alone, one a file. Pure functions; the operator's owner counts products."""
 
-from bilevel.linear.base import Operator, Preconditioner, Solution, damped, machine_epsilon, rounding_allowance
+from bilevel.linear.base import (
+    CompileIteration,
+    Iteration,
+    Operator,
+    Preconditioner,
+    Solution,
+    damped,
+    machine_epsilon,
+    rounding_allowance,
+)
 from bilevel.linear.conjugate_gradient import conjugate_gradient
 from bilevel.linear.dense import dense, dense_matrix
 from bilevel.linear.gmres import gmres
@@ -14,6 +23,8 @@ from bilevel.linear.richardson import richardson
 
 __all__ = [
     "LOST",
+    "CompileIteration",
+    "Iteration",
     "NystromApproximation",
     "Operator",
     "Preconditioner",

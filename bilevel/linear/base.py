@@ -7,17 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bilevel.result import Status
 from bilevel.vector import Tensors, add, axpy, dot, norm, subtract, zeros_like
 
 __all__ = [
+    "CompileIteration",
+    "Iteration",
     "Operator",
     "Preconditioner",
     "Solution",
     "damped",
     "first_residual",
     "gaussian",
+    "inner_product",
     "machine_epsilon",
     "rounding_allowance",
 ]
@@ -27,6 +31,13 @@ Operator = Callable[[Tensors], Tensors]
 
 Preconditioner = Callable[[Tensors], Tensors]
 """A product ``v ↦ P⁻¹ v`` with a symmetric positive definite P that resembles H."""
+
+
+Iteration = Callable[..., Tensors]
+"""One iteration of a solver, from tensors to tensors, with the product that it takes inside."""
+
+CompileIteration = Callable[[str, Callable[..., Tensors]], "Iteration | None"]
+"""Returns a compiled form of ``body(operator, *tensors)``, kept by its name; None where there can be none."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,11 @@ def first_residual(
     if not 0.0 <= gain < math.inf:
         return zeros_like(v), v, 1
     return start, residual, 1
+
+
+def inner_product(left: Tensors, right: Tensors) -> Tensor:
+    """Returns ``Σᵢ ⟨leftᵢ, rightᵢ⟩``, accumulated in float64, by operations that a compiler fuses."""
+    return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(left, right, strict=True)]).sum()
 
 
 def gaussian(like: Tensors, generator: torch.Generator) -> Tensors:

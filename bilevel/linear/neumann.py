@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bilevel.linear.base import Operator, Preconditioner, Solution, first_residual, machine_epsilon
+from bilevel.linear.base import (
+    CompileIteration,
+    Operator,
+    Preconditioner,
+    Solution,
+    first_residual,
+    inner_product,
+    machine_epsilon,
+)
 from bilevel.linear.probe import Probe
 from bilevel.result import Status
 from bilevel.vector import Tensors, axpy, axpy_, dot, norm, scale
@@ -24,6 +32,7 @@ def neumann(
     preconditioner: Preconditioner | None = None,
     symmetric: bool = False,
     rtol: float = 0.0,
+    compiled: CompileIteration | None = None,
 ) -> Solution:
     """Solves ``H q = v`` by ``q = q₀ + α Σₖ₌₀ᴷ (I − αP⁻¹H)ᵏ P⁻¹(v − Hq₀)``.
 
@@ -43,6 +52,7 @@ def neumann(
             which takes two terms and costs no product.
         rtol: Stops before ``terms`` once ``‖H q − v‖ ≤ rtol ‖v‖``. That residual is the next summand (times P), and so
             costs no product.
+        compiled: Compiles a term, where there is no preconditioner and H need not be symmetric.
 
     Returns:
         The solution. Its status is ``STOPPED_AT_CAP``; ``CONVERGED`` where the start's residual is zero or the
@@ -61,7 +71,21 @@ def neumann(
     norms, sizes, curvatures = [_length(summand, residual, preconditioner)], [], []
     probe = Probe(epsilon or machine_epsilon(v))
     reached = False
+    # The product with P⁻¹ and the look at symmetry are no part of a compiled term.
+    step = None if compiled is None or preconditioner is not None or symmetric else compiled("neumann", _term)
+    alpha = None if step is None else torch.tensor(step_size, dtype=torch.float64, device=v[0].device)
     for _ in range(terms):
+        if step is not None:
+            squared = norms[-1].square().clamp_min(1e-300)
+            *found, numbers = step(alpha, *q, *summand)
+            q, summand = tuple(found[: len(v)]), tuple(found[len(v) :])
+            norms.append(numbers[0])
+            sizes.append(numbers[1] / squared.sqrt())
+            curvatures.append(numbers[2] / squared)
+            if rtol > 0.0 and float(norms[-1]) <= target:
+                reached = True
+                break
+            continue
         product = operator(summand)
         if symmetric:
             probe.look(summand, product)
@@ -82,6 +106,17 @@ def neumann(
     if status is not Status.DIVERGED and probe.asymmetric:
         status, message = Status.NOT_SYMMETRIC, f"relative asymmetry {probe.asymmetry:.1e}"
     return Solution(q, status, len(curvatures) + products, message)
+
+
+def _term(operator: Operator, step_size: Tensor, *tensors: Tensor) -> Tensors:
+    """A term in tensors alone: the new q and summand, its norm, and ``‖Hp‖`` and ``pᵀHp`` of the one before."""
+    count = len(tensors) // 2
+    q, summand = tensors[:count], tensors[count:]
+    product = operator(summand)
+    after = axpy(-step_size, product, summand)
+    size, curvature = inner_product(product, product).sqrt(), inner_product(summand, product)
+    numbers = torch.stack([inner_product(after, after).sqrt(), size, curvature])
+    return (*axpy(step_size, after, q), *after, numbers)
 
 
 def _length(summand: Tensors, residual: Tensors, preconditioner: Preconditioner | None) -> Tensor:

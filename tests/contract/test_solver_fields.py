@@ -69,7 +69,7 @@ def test_a_solved_system_costs_one_product_to_recognise(method: Any) -> None:
     first = called(sample, estimator, {})
     again = called(sample, estimator, first.state)
     assert first.info.status is again.info.status is Status.CONVERGED
-    assert (again.info.iterations, again.info.products) == (1, 2)
+    assert (again.info.iterations, again.info.products) == (1, 1)  # the answer comes with the look
     torch.testing.assert_close(again.grad, first.grad, rtol=1e-12, atol=1e-12)
     # Without a warm start the state carries no solution, and the work is done again.
     cold = called(sample, method(), called(sample, method(), None).state)
