@@ -140,7 +140,7 @@ def _no_autocast(devices: Iterable[str]) -> Iterator[None]:
 
 
 class FunctionObjective(Objective):
-    """An objective made of a function of two flat tuples of tensors; ``plain`` tells what the user wrote of it."""
+    """An objective made of a function of two flat tuples of tensors; ``plain`` tells what of it its user wrote."""
 
     def __init__(
         self,
@@ -157,7 +157,9 @@ class FunctionObjective(Objective):
 
     def plain(self, inner: Tensors, outer: Tensors) -> PlainLoss | None:
         """See :meth:`Objective.plain`."""
-        return None if self._plain is None else self._plain(inner, outer)
+        if self._plain is not None:
+            return self._plain(inner, outer)
+        return PlainLoss(self._function, (inner, outer), getattr(self._function, "__code__", type(self._function)))
 
     def within(self, inner: Tensors, outer: Tensors, body: Callable[[Evaluate], T]) -> T:
         """See :meth:`Objective.within`."""
