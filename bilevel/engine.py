@@ -33,6 +33,7 @@ from bilevel.levels.gradients import Gradients
 from bilevel.levels.graph import check_ownership
 from bilevel.levels.losses import NestedLosses, nested_losses
 from bilevel.levels.records import InnerRecord, LossGradient
+from bilevel.levels.schedule import Round
 from bilevel.loss_scale import LossScale
 from bilevel.notices import Notices
 from bilevel.planning import Planner
@@ -157,9 +158,9 @@ class Engine:
         """
         started, before = time.perf_counter(), self.passes.copy()
         feed = Feed(self.streams, batches)
-        self._planner.plan(feed)
+        plan = self._planner.plan(feed)
         with Shield() as shield:
-            report, skipped = self._step_or_undo(feed, shield)
+            report, skipped = self._step_or_undo(feed, plan, shield)
             self.step_count += 1
         result = StepResult(
             step=self.step_count,
@@ -174,7 +175,8 @@ class Engine:
         )
         with Notices(f"after step {self.step_count}, which is complete") as notices:
             for name, problem in self.problems.items():
-                notices.problem(name, "on_step_end", partial(problem.on_step_end, result))
+                if type(problem).on_step_end is not Problem.on_step_end:
+                    notices.problem(name, "on_step_end", partial(problem.on_step_end, result))
             self._tell(notices, "on_step_end", result)
             if self._evaluation_is_due():
                 self._evaluate_in_step(notices)
@@ -323,9 +325,11 @@ class Engine:
         """Lists the problems."""
         return f"Engine([{', '.join(map(repr, self.problems.values()))}], step_count={self.step_count})"
 
-    def _step_or_undo(self, feed: Feed, shield: Shield) -> tuple[Report, str | None]:
+    def _step_or_undo(
+        self, feed: Feed, plan: tuple[Differentiator, Round], shield: Shield
+    ) -> tuple[Report, str | None]:
         """Makes the updates of a step, or leaves the state before it; returns the problem for which it was skipped."""
-        differentiator, rounds = self._planner.plan(feed)
+        differentiator, rounds = plan
         step = self._new_step(differentiator, feed)
         keeps = self.config.restore_on_error
         try:
@@ -333,8 +337,9 @@ class Engine:
                 self._snapshot.take(self._step_tables())
             with shield.opened():
                 for problem in self.problems.values():
-                    with self._activity(Work.HOOK, problem.name):
-                        problem.on_step_start()
+                    if type(problem).on_step_start is not Problem.on_step_start:
+                        with self._activity(Work.HOOK, problem.name):
+                            problem.on_step_start()
                 step.run(rounds)
         except BaseException as error:
             skip = isinstance(error, NonFiniteStepError) and self.config.on_non_finite == "skip"

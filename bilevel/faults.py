@@ -262,8 +262,9 @@ class ModesKept:
                 f"the loss of {self._name} returned with another mode than it was called in: {', '.join(changed)}. "
                 "Use torch.no_grad(), torch.autocast(…) and the like as `with` blocks."
             )
-        moved = sum(p._version != old for p, old in zip(self._parameters, self._versions, strict=True))
-        if error is None and moved:
+        versions = [parameter._version for parameter in self._parameters]
+        if error is None and versions != self._versions:
+            moved = sum(new != old for new, old in zip(versions, self._versions, strict=True))
             raise LossError(
                 f"the loss of {self._name} changed {moved} of its {len(self._parameters)} parameters in place, as its "
                 "every pass would, those of a derivative among them. Compute the changed value without writing it "
@@ -271,7 +272,7 @@ class ModesKept:
             )
 
     def _modes(self) -> tuple[bool | torch.dtype, ...]:
-        casts = (torch.is_autocast_enabled(device) for device in self._devices)
+        casts = [torch.is_autocast_enabled(device) for device in self._devices]
         return (torch.is_grad_enabled(), torch.get_default_dtype(), *casts)
 
     def _put_back(self, after: tuple[bool | torch.dtype, ...]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enums, at 25 µs a step
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -40,14 +41,14 @@ class _Handlers:
 
     def _install(self, number: int, before: Any) -> None:
         self._before[number] = before
-        signal.signal(number, self._handle)
+        _signal.signal(number, self._handle)
 
     def _uninstall(self) -> None:
         self._active = False
         for number, before in self._before.items():
             # Somebody may have put a handler of his own in front meanwhile, as torch does for SIGCHLD: it stays.
-            if signal.getsignal(number) == self._handle:
-                signal.signal(number, before)
+            if _signal.getsignal(number) == self._handle:
+                _signal.signal(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._active and os.getpid() == self._process:
@@ -63,7 +64,7 @@ class _Handlers:
         if callable(before):
             before(number, frame)
         else:
-            signal.signal(number, before)
+            _signal.signal(number, before)
             signal.raise_signal(number)
 
 
@@ -105,7 +106,7 @@ class StopSignals(_Handlers):
         try:
             for name in self._names:
                 number = signal.Signals[name]
-                before = signal.getsignal(number)
+                before = _signal.getsignal(number)
                 default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 if before == default or _outer_loop(before) is not None:
                     self._install(number, before)
@@ -156,7 +157,7 @@ class Shield(_Handlers):
             return self
         try:
             for number in _SHIELDED:
-                before = signal.getsignal(number)
+                before = _signal.getsignal(number)
                 if callable(before):
                     self._install(number, before)
             self._active = True
@@ -171,14 +172,13 @@ class Shield(_Handlers):
         finally:
             self._deliver()
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self) -> AbstractContextManager[None]:
         """Lets handlers do what they do, until one of them raises or the body ends."""
-        self._open = True
-        try:
-            yield
-        finally:
-            self._open = False
+        return _Opened(self)
+
+    def set_open(self, open_: bool) -> None:
+        """Lets handlers do what they do, or no longer."""
+        self._open = open_
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         if not self._open:
@@ -194,6 +194,19 @@ class Shield(_Handlers):
                 signal.raise_signal(self._pending.pop(0))
             finally:  # one that raises keeps no other from being heard
                 self._deliver()
+
+
+class _Opened(AbstractContextManager[None]):
+    __slots__ = ("_shield",)
+
+    def __init__(self, shield: Shield) -> None:
+        self._shield = shield
+
+    def __enter__(self) -> None:
+        self._shield.set_open(True)
+
+    def __exit__(self, *_: object) -> None:
+        self._shield.set_open(False)
 
 
 @contextmanager

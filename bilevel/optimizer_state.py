@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +14,47 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from bilevel.stepper import Scheduler
 
-__all__ = ["Kept", "alike", "load_scheduler_state", "scheduler_state"]
+__all__ = ["Copies", "Kept", "alike", "load_scheduler_state", "scheduler_state"]
 
-_CONSTANTS = (type(None), bool, int, float, str)
+_CONSTANTS = frozenset((type(None), bool, int, float, str))
 
 
 def alike(left: Tensor, right: Tensor) -> bool:
     """Whether one tensor can be copied into the other without a change of either's form."""
-    return (left.shape, left.dtype, left.device, left.layout) == (right.shape, right.dtype, right.device, right.layout)
+    return (
+        left.dtype is right.dtype
+        and left.shape == right.shape
+        and left.layout is right.layout
+        and left.device == right.device
+    )
+
+
+class Copies:
+    """Copies of tensors into others that are :func:`alike`, to be made in one call for each device."""
+
+    def __init__(self) -> None:
+        self._into: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def add(self, into: Tensor, value: Tensor) -> None:
+        """Adds a copy."""
+        self._into.append(into)
+        self._values.append(value)
+
+    def add_all(self, into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Adds several."""
+        self._into += into
+        self._values += values
+
+    def make(self) -> None:
+        """Makes them."""
+        devices = {tensor.device for tensor in self._into}
+        with torch.no_grad():
+            for device in devices:
+                pairs = zip(self._into, self._values, strict=True)
+                here = pairs if len(devices) == 1 else [(a, b) for a, b in pairs if a.device == device]
+                into, values = zip(*here, strict=True)
+                torch._foreach_copy_(into, values)
 
 
 class Kept:
@@ -40,20 +73,31 @@ class Kept:
         self._state: dict[Any, Any] = {}
         self.take(shared)
 
-    def take(self, shared: Iterable[object] = ()) -> None:
+    def take(self, shared: Iterable[object] = (), copies: Copies | None = None) -> None:
         """Keeps the state as it is now, in the tensors that held the one before: fresh memory costs several times that.
 
         Args:
             shared: As for the class.
+            copies: Where copies of tensors are added, for the caller to make; they are made here without it.
         """
         self._others: Iterable[object] = shared
         self._shared: dict[int, object] = {}
+        self._copies = Copies() if copies is None else copies
         self._state = self._copied(dict(self._optimizer.state), self._state)
         self._groups = [
-            (group, self._copied({key: value for key, value in group.items() if key != "params"}))
+            (
+                group,
+                {
+                    key: value if type(value) in _CONSTANTS else self._copied(value)
+                    for key, value in group.items()
+                    if key != "params"
+                },
+            )
             for group in self._optimizer.param_groups
         ]
         self._schedule = None if self._scheduler is None else self._copied(self._scheduler.state_dict())
+        if copies is None:
+            self._copies.make()
 
     def restore(self) -> None:
         """Puts everything back; tensors in place."""
@@ -81,13 +125,16 @@ class Kept:
         return self._copied(kept)
 
     def _copied(self, value: Any, into: Any = None) -> Any:
-        """Returns a copy, whose tensors are those of ``into`` where they fit."""
-        if type(value) in _CONSTANTS or (type(value) is tuple and all(type(part) in _CONSTANTS for part in value)):
+        """Returns a copy, whose tensors are those of ``into`` where they fit and :meth:`take` then copies into them."""
+        kind = type(value)
+        if kind in _CONSTANTS or (kind is tuple and all(type(part) in _CONSTANTS for part in value)):
             return value
         if isinstance(value, Tensor):
-            fits = type(into) is Tensor and alike(into, value)
-            return into.copy_(value.detach()) if fits else value.detach().clone()
-        if type(value) is dict:
+            if type(into) is not Tensor or not alike(into, value):
+                return value.detach().clone()
+            self._copies.add(into, value)
+            return into
+        if kind is dict:
             old = into if isinstance(into, dict) else {}
             return {key: self._copied(part, old.get(key)) for key, part in value.items()}
         if not self._shared:

@@ -5,14 +5,17 @@ Replayed between the passes of one derivative, left alone by everything that mus
 
 from __future__ import annotations
 
+import ctypes
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Replay", "capture", "generator_devices", "preserved", "restore"]
+__all__ = ["HostGenerators", "Replay", "capture", "generator_devices", "preserved", "restore"]
 
 States = dict[str, Tensor]
 
@@ -48,6 +51,43 @@ def preserved(devices: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         restore(states)
+
+
+class HostGenerators:
+    """The states of NumPy's and Python's global generators, to go back to.
+
+    NumPy makes the 624 words of its state one by one, 40 µs a time, which an outer step of a small model notices. So
+    they are read again only where the generator's memory has changed, which NumPy shows (``BitGenerator.ctypes``).
+    That memory does not hold the second of a pair of normal numbers that NumPy has drawn and not handed out: while
+    there is one, the state is read always.
+    """
+
+    def __init__(self) -> None:
+        self._memory = b""
+        self._numpy: dict[str, Any] = {}
+        self._python: Any = None
+
+    def take(self) -> None:
+        """Keeps the present states."""
+        memory = _numpy_memory()
+        if not memory or memory != self._memory or self._numpy["has_gauss"]:
+            self._numpy = np.random.get_state(legacy=False)
+            self._memory = memory
+        self._python = random.getstate()
+
+    def restore(self) -> None:
+        """Puts the generators back into the states that were kept last."""
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+
+
+def _numpy_memory() -> bytes:
+    """Returns what the memory of NumPy's generator holds, or nothing where it is not the Mersenne twister."""
+    generator = getattr(np.random.mtrand._rand, "_bit_generator", None)
+    if type(generator) is not np.random.MT19937:
+        return b""
+    words_and_place = 4 * (624 + 1)
+    return ctypes.string_at(generator.ctypes.state_address, words_and_place)
 
 
 class Replay:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import random
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from bilevel.data import BatchStream
 from bilevel.functional import PassCount
 from bilevel.loss_scale import LossScale
-from bilevel.optimizer_state import Kept, alike
+from bilevel.optimizer_state import Copies, Kept, alike
 from bilevel.problems import Problem
-from bilevel.randomness import States, capture, restore
+from bilevel.randomness import HostGenerators, States, capture, restore
 
 __all__ = ["Snapshot"]
 
@@ -33,7 +31,6 @@ class _Taken:
     tables: list[tuple[dict[str, Any], dict[str, Any]]]
     passes: PassCount
     generators: States
-    others: tuple[Any, Any]
 
 
 class Snapshot:
@@ -66,9 +63,11 @@ class Snapshot:
         self._streams = streams
         self._scales = scales
         self._passes = passes
+        self._owned = [p for problem in problems for p in problem.parameters]
         self._live: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._optimizers: dict[str, Kept] = {}
+        self._host = HostGenerators()
         self._taken: _Taken | None = None
 
     def take(self, tables: Sequence[dict[str, Any]]) -> None:
@@ -78,21 +77,22 @@ class Snapshot:
             tables: Further state that a step changes, by name: their entries are kept, not copied; those that are
                 dictionaries are copied.
         """
-        self._taken = None
-        self._copy_tensors()
-        self._copy_optimizers()
+        self._taken, copies = None, Copies()
+        self._copy_tensors(copies)
+        self._copy_optimizers(copies)
+        copies.make()
+        self._host.take()
         for stream in self._streams.values():
             stream.mark()
         self._taken = _Taken(
             [problem.num_updates for problem in self._problems],
             [dict(module._buffers) for module in self._with_buffers],
             [module.training for module in self._modules],
-            [p.requires_grad for problem in self._problems for p in problem.parameters],
+            [p.requires_grad for p in self._owned],
             {name: scale.state_dict() for name, scale in self._scales.items()},
             [(table, _copied(table)) for table in tables],
             self._passes.copy(),
             capture(self._devices),
-            (np.random.get_state(), random.getstate()),
         )
 
     def drop(self) -> None:
@@ -111,13 +111,11 @@ class Snapshot:
         for module, buffers in zip(self._with_buffers, taken.buffers, strict=True):
             module._buffers.clear()
             module._buffers.update(buffers)
-        for p, trainable in zip(
-            (p for problem in self._problems for p in problem.parameters), taken.trainable, strict=True
-        ):
+        for p, trainable in zip(self._owned, taken.trainable, strict=True):
             p.requires_grad_(trainable)
-        with torch.no_grad():
-            for tensor, kept in zip(self._live, self._kept, strict=True):
-                tensor.copy_(kept)
+        copies = Copies()
+        copies.add_all(self._live, self._kept)
+        copies.make()
         for state in self._optimizers.values():
             state.restore()
         for problem, updates in zip(self._problems, taken.updates, strict=True):
@@ -134,33 +132,30 @@ class Snapshot:
             for stream in self._streams.values():
                 stream.rewind()
             restore(taken.generators)
-            np.random.set_state(taken.others[0])
-            random.setstate(taken.others[1])
+            self._host.restore()
         self.drop()
 
-    def _copy_tensors(self) -> None:
+    def _copy_tensors(self, copies: Copies) -> None:
         """Copies parameters and buffers into tensors that stay: fresh memory costs several times the copy."""
-        live = _tensors(self._problems, self._with_buffers)
-        same = [id(tensor) for tensor in live] == [id(tensor) for tensor in self._live]
+        live = _with_buffers(self._owned, self._with_buffers) if self._with_buffers else self._owned
+        same = len(live) == len(self._live) and all(map(operator.is_, live, self._live))
         if not same or not all(map(alike, live, self._kept)):
             self._live, self._kept = live, [tensor.detach().clone() for tensor in live]
             return
-        with torch.no_grad():
-            for tensor, kept in zip(live, self._kept, strict=True):
-                kept.copy_(tensor)
+        copies.add_all(self._kept, live)
 
-    def _copy_optimizers(self) -> None:
+    def _copy_optimizers(self, copies: Copies) -> None:
         """As for parameters."""
         for problem in self._problems:
             if problem.name in self._optimizers:
-                self._optimizers[problem.name].take(problem.module.modules())
+                self._optimizers[problem.name].take(problem.module.modules(), copies)
             elif problem.optimizer is not None:
                 modules = problem.module.modules()
                 self._optimizers[problem.name] = Kept(problem.optimizer, problem.scheduler, modules)
 
 
-def _tensors(problems: Iterable[Problem], modules: Iterable[nn.Module]) -> list[Tensor]:
-    found: dict[int, Tensor] = {id(p): p for problem in problems for p in problem.parameters}
+def _with_buffers(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> list[Tensor]:
+    found = {id(p): p for p in parameters}
     for module in modules:
         found.update({id(b): b for b in module._buffers.values() if b is not None})
     return list(found.values())

@@ -22,7 +22,7 @@ from bilevel.problems import Problem
 from bilevel.randomness import Replay, capture
 from bilevel.result import SolveInfo
 from bilevel.settings import EngineConfig
-from bilevel.vector import norm
+from bilevel.vector import length
 
 __all__ = ["NonFiniteStepError", "Report", "Step"]
 
@@ -181,7 +181,7 @@ class Step:
         value = float(result.value)
         if self._overflowed(problem, result, value):
             return
-        size = float(norm(result.gradient))
+        size = length(result.gradient)
         for what, number in (("loss", value), ("gradient's norm", size)):
             if not math.isfinite(number):
                 text = f"the {what} of problem {problem.name!r} is {number}, where a finite number was expected"

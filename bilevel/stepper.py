@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,8 +88,8 @@ class Stepper:
         Raises:
             ParameterError: A parameter was added to the optimiser, taken out of it, frozen or unfrozen.
         """
-        trainable = [p for p in _held(self.optimizer) if p.requires_grad]
-        if len(trainable) == len(self._parameters) and all(map(_same, trainable, self._parameters)):
+        trainable = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if len(trainable) == len(self._parameters) and all(map(operator.is_, trainable, self._parameters)):
             return
         now, before = {id(p) for p in trainable}, {id(p): n for n, p in zip(self._names, self._parameters, strict=True)}
         more = [tuple(p.shape) for p in trainable if id(p) not in before]
@@ -118,8 +119,7 @@ class Stepper:
             self.optimizer.step()
         self.advance_scheduler(values)
 
-    @contextmanager
-    def holding(self, gradients: Sequence[Tensor]) -> Iterator[None]:
+    def holding(self, gradients: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Lets the parameters hold gradients in the body, and what they held before after it.
 
         Args:
@@ -129,17 +129,7 @@ class Stepper:
             ParameterError: See :meth:`check`.
         """
         self.check()
-        held = _held(self.optimizer)
-        kept = [p.grad for p in held]
-        try:
-            for p in held:  # a frozen parameter with a gradient of its own would be moved by it
-                p.grad = None
-            for p, grad in zip(self._parameters, gradients, strict=True):
-                p.grad = grad
-            yield
-        finally:
-            for p, grad_before in zip(held, kept, strict=True):
-                p.grad = grad_before
+        return _Holding(self.optimizer, self._parameters, gradients)
 
     def advance_scheduler(self, values: Mapping[str, Any]) -> None:
         """Moves the scheduler on, if there is one and it does not wait for an evaluation.
@@ -255,12 +245,32 @@ def _required_arguments(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
 
 
-def _held(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+class _Holding(AbstractContextManager[None]):
+    __slots__ = ("_gradients", "_held", "_kept", "_owned")
 
+    def __init__(self, optimizer: Optimizer, owned: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        self._held = [p for group in optimizer.param_groups for p in group["params"]]
+        self._owned = owned
+        self._gradients = gradients
 
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left is right
+    def __enter__(self) -> None:
+        self._kept = [p.grad for p in self._held]
+        try:
+            if len(self._held) != len(self._owned):
+                for p in self._held:  # a frozen parameter with a gradient of its own would be moved by it
+                    p.grad = None
+            for p, grad in zip(self._owned, self._gradients, strict=True):
+                p.grad = grad
+        except BaseException:
+            self._put_back()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for p, grad in zip(self._held, self._kept, strict=True):
+            p.grad = grad
 
 
 def _changes_gradients(optimizer: Optimizer) -> bool:
@@ -279,8 +289,8 @@ def _fits(grad: Tensor, parameter: Tensor) -> bool:
     """Whether a gradient is what ``backward()`` would have made: of the same type, and no expanded or sparse tensor."""
     return (
         type(grad) is Tensor
-        and grad.layout == torch.strided
-        and grad.dtype == parameter.dtype
+        and grad.layout is torch.strided
+        and grad.dtype is parameter.dtype
         and grad.stride() == parameter.stride()
     )
 

@@ -107,12 +107,12 @@ def scale(alpha: float | Tensor, x: Sequence[Tensor]) -> Tensors:
     """Returns ``alpha · x``."""
     if isinstance(alpha, Tensor) or len(x) < 2:
         return tuple(_scalar(alpha, part) * part for part in x)
-    return tuple(torch._foreach_mul(x, alpha))
+    return tuple(torch._foreach_mul(tuple(x), alpha))
 
 
 def negative(x: Sequence[Tensor]) -> Tensors:
     """Returns ``−x``."""
-    return tuple(torch._foreach_neg(x)) if len(x) > 1 else tuple(-part for part in x)
+    return tuple(torch._foreach_neg(tuple(x))) if len(x) > 1 else tuple(-part for part in x)
 
 
 def zeros_like(vector: Sequence[Tensor]) -> Tensors:
@@ -146,7 +146,7 @@ def _joined(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float) -> Tensors:
         raise ValueError(f"vectors of {len(x)} and {len(y)} tensors are to be added")
     if len(x) < 2:
         return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
-    return tuple(torch._foreach_add(y, x, alpha=alpha))
+    return tuple(torch._foreach_add(tuple(y), tuple(x), alpha=alpha))
 
 
 def _flat(part: Tensor) -> Tensor:

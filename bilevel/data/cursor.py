@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class Cursor:
             return
         if at.anchor and (at.anchor.at.drawn == at.drawn or not wanted) and at.anchor.at.epoch == at.epoch:
             return
-        with self._faults(f"the loader's state before batch number {at.drawn + 1} could not be taken"):
+        with self._faults(lambda: f"the loader's state before batch number {at.drawn + 1} could not be taken"):
             state = source.state()
         anchor = Anchor(replace(at, anchor=None), self._generators.copy(), state, source.num_workers)
         self.position = replace(at, anchor=anchor)
@@ -125,7 +125,8 @@ class Cursor:
     def _begin(self, at: Position, anchor: Anchor | None) -> None:
         self._generators = at.start.copy()
         # Workers that end of Ctrl-C would leave the step that is to be finished without batches.
-        with self._faults(f"epoch {at.epoch + 1} could not be begun"), signals_kept_from_children():
+        kept = signals_kept_from_children() if self._source.num_workers else nullcontext()
+        with self._faults(lambda: f"epoch {at.epoch + 1} could not be begun"), kept:
             state = None if anchor is None else anchor.loader
             self._iterator = self._source.begin(at.epoch, self._generators, state)
         if anchor is not None:
@@ -133,22 +134,23 @@ class Cursor:
 
     def _advance(self, at: Position) -> Any:
         assert self._iterator is not None
-        with self._faults(f"batch number {at.drawn + 1} (number {at.taken + 1} of epoch {at.epoch + 1}) failed"):
+        with self._faults(
+            lambda: f"batch number {at.drawn + 1} (number {at.taken + 1} of epoch {at.epoch + 1}) failed"
+        ):
             return self._source.advance(self._iterator, self._generators, _END)
 
-    @contextmanager
-    def _faults(self, what: str) -> Iterator[None]:
+    def _faults(self, what: Callable[[], str]) -> AbstractContextManager[None]:
         """Whatever is raised leaves no iterator in an unknown state."""
-        try:
-            yield
-        except Exception as error:
-            self._abandon()
-            if self._source.num_workers:
-                _release_frames(error)
-            raise DataError(self._describe(what, error)) from error
-        except BaseException:
-            self._abandon()
-            raise
+        return _Faults(self, what)
+
+    def failed(self, what: str, error: BaseException) -> DataError | None:
+        """Abandons the iterator; returns what to raise instead of an exception, if it is one."""
+        self._abandon()
+        if not isinstance(error, Exception):
+            return None
+        if self._source.num_workers:
+            _release_frames(error)
+        return DataError(self._describe(what, error))
 
     def _abandon(self) -> None:
         if self._source.restartable:
@@ -174,6 +176,23 @@ class Cursor:
                 "again: a DataLoader or a list."
             )
         return DataError(f"data of problem {self._name!r} yields no batch: check the data set's size and drop_last")
+
+
+class _Faults(AbstractContextManager[None]):
+    __slots__ = ("_cursor", "_what")
+
+    def __init__(self, cursor: Cursor, what: Callable[[], str]) -> None:
+        self._cursor = cursor
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            shown = self._cursor.failed(self._what(), error)
+            if shown is not None:
+                raise shown from error
 
 
 def _release_frames(error: BaseException | None) -> None:

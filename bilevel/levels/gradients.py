@@ -72,6 +72,7 @@ class Gradients:
         self._autocast = autocast
         self._scales = scales or {}
         self.devices = generator_devices(p for problem in problems.values() for p in problem.parameters)
+        self._sizes = {name: len(problem.parameters) for name, problem in problems.items()}
 
     def take(self, problem: Problem, batches: Sequence[Any], names: Sequence[str]) -> Taken:
         """Returns a problem's loss and its gradient for the parameters of the problems in ``names``.
@@ -80,16 +81,16 @@ class Gradients:
         """
         values: list[Tensor] = []
         metrics: list[Mapping[str, Any]] = []
-        total: list[Tensor | None] = [None] * sum(len(self.problems[name].parameters) for name in names)
-        inputs = tuple(p for name in names for p in self.problems[name].parameters)
+        inputs = tuple([p for name in names for p in self.problems[name].parameters])
+        total: Sequence[Tensor | None] = ()
         for batch in batches:
             value, more, grads = self._one(problem, batch, inputs)
             values.append(value)
             metrics.append(more)
-            total = [b if a is None else a if b is None else a + b for a, b in zip(total, grads, strict=True)]
+            pairs = zip(total, grads, strict=True) if total else ()
+            total = [b if a is None else a if b is None else a + b for a, b in pairs] or grads
         count = len(batches)
-        parts = self.split(tuple(total), names)
-        reached = frozenset(name for name, part in parts.items() if any(grad is not None for grad in part))
+        reached = frozenset([name for name, part in self.split(total, names).items() if any(map(_is_there, part))])
         flat = self.reduce(dense_gradient(total, inputs))
         scale = self._scales.get(problem.name)
         unscaled = flat if scale is None else scale.unscaled(flat)
@@ -109,8 +110,8 @@ class Gradients:
         """Returns the parts of a vector over the parameters of several problems."""
         parts, start = {}, 0
         for name in names:
-            stop = start + len(self.problems[name].parameters)
-            parts[name], start = tuple(flat[start:stop]), stop
+            stop = start + self._sizes[name]
+            parts[name], start = flat[start:stop], stop
         return parts
 
     def _one(
@@ -127,3 +128,7 @@ class Gradients:
                 grads = torch.autograd.grad(scaled, inputs, allow_unused=True)
             self.passes.backward += 1
         return value.detach(), metrics, grads
+
+
+def _is_there(grad: Tensor | None) -> bool:
+    return grad is not None

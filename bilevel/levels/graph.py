@@ -45,15 +45,19 @@ class Dependencies:
     outer: tuple[str, ...]
     inner: tuple[str, ...]
     first_derivatives_only: Mapping[str, LossError] = field(default_factory=dict)
+    _orders: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _above: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def responds_to(self, name: str) -> tuple[str, ...]:
         """Returns the problems whose parameters move the best response of an inner problem, top level first.
 
         That is what its total loss depends on: its own loss, and the best responses below it.
         """
-        below = self.lower[name]
-        found = set().union(*(self.read_by(other) for other in (name, *below))) - below - {name}
-        return tuple(other for other in self.reach if other in found)
+        if name not in self._above:
+            below = self.lower[name]
+            found = set().union(*(self.read_by(other) for other in (name, *below))) - below - {name}
+            self._above[name] = tuple(other for other in self.reach if other in found)
+        return self._above[name]
 
     def read_by(self, name: str) -> frozenset[str]:
         """Returns the problems that a problem's own loss reads, or that it starts from."""
@@ -62,8 +66,10 @@ class Dependencies:
 
     def below(self, name: str) -> tuple[tuple[str, ...], ...]:
         """Returns the problems below one in the order of accumulation, those that respond to each other together."""
-        members = self.lower[name]
-        return _accumulation_order([other for other in self.inner if other in members], self.responds_to)
+        if name not in self._orders:
+            members = [other for other in self.inner if other in self.lower[name]]
+            self._orders[name] = _accumulation_order(members, self.responds_to)
+        return self._orders[name]
 
     def settled_before(self, name: str, among: Collection[str]) -> tuple[str, ...]:
         """Returns the problems below one, of those ``among``, each after those that it responds to."""
