@@ -20,6 +20,7 @@ LAYERS = (
     ("checkpoint", "data", "double_backward", "faults", "hooks", "optim", "sources", "structure", "validation"),
     ("engine_state", "feed", "functional", "loss_scale", "optimizer_state", "stepper"),
     ("distributed", "linear", "products"),
+    ("compiled",),
     ("hypergrad",),
     ("implicit_function", "single_loop"),
     ("argmin", "callbacks", "problems", "schema", "settings"),
