@@ -82,7 +82,8 @@ def check_settings(
     name: str,
     optimizer: object,
     proximal: float,
-    chunk_size: int | None,
+    chunk_size: int | str | None,
+    memory_budget: int | None,
     held_out_batches: int,
     held_out_steps: int | None,
 ) -> None:
@@ -94,9 +95,14 @@ def check_settings(
         )
     check_number(name, "proximal", proximal, minimum=0.0)
     check_integer(name, "held_out_batches", held_out_batches, minimum=1)
-    for field, value in (("chunk_size", chunk_size), ("held_out_steps", held_out_steps)):
+    sizes = {"chunk_size": None if chunk_size == "auto" else chunk_size, "memory_budget": memory_budget}
+    for field, value in {**sizes, "held_out_steps": held_out_steps}.items():
+        if isinstance(value, str):
+            raise ConfigError(f"{name}.{field} must be an integer of at least 1, 'auto' or None, not {value!r}")
         if value is not None:
             check_integer(name, field, value, minimum=1)
+    if memory_budget is not None and chunk_size != "auto":
+        raise ConfigError(f"{name}.memory_budget is what chunk_size='auto' keeps to; chunk_size is {chunk_size!r}")
 
 
 def refuse_running_statistics(name: str, network: nn.Module) -> None:

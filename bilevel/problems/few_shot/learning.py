@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from bilevel.errors import ConfigError, DataError, ParameterError
 from bilevel.functional import dense_gradient, derivatives
 from bilevel.problems.base import ParameterSelection, Problem, select_parameters
 from bilevel.problems.few_shot.assessment import Assessment
+from bilevel.problems.few_shot.budget import SHARE, Chunking, choose, free_memory
 from bilevel.problems.few_shot.checks import (
     batch_of,
     check_settings,
@@ -23,6 +25,8 @@ from bilevel.problems.few_shot.checks import (
     refuse_settings,
     warn_of_shared_classes,
 )
+from bilevel.problems.few_shot.chunks import Chunk, ResponseInChunks, Standing, Sum, chunks_of, seeded, summed
+from bilevel.problems.few_shot.measurement import Costs
 from bilevel.problems.few_shot.stacked import (
     Displacements,
     RatedNetwork,
@@ -31,9 +35,13 @@ from bilevel.problems.few_shot.stacked import (
     stacked_outputs,
 )
 from bilevel.problems.supervised import Criterion, counterpart
+from bilevel.randomness import preserved
 from bilevel.result import StepResult
 from bilevel.validation import check_integer
 from bilevel.vector import Tensors
+
+if TYPE_CHECKING:
+    from bilevel.hypergrad import Estimator, InnerProblem, Response
 
 __all__ = ["Adaptation", "MetaLearner"]
 
@@ -151,15 +159,38 @@ class MetaLearner(Problem):
         return values
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
-        """Returns the mean loss on the query sets, with the outputs and, for classes, the accuracy."""
+        """Returns the mean loss on the query sets, with the outputs and, for classes, the accuracy.
+
+        Of tasks in chunks there are no outputs.
+        """
         refuse_data(self, batch)
         adaptation = self.adaptation()
         tasks = adaptation.tasks()
+        if len(adaptation.chunks()) == 1:
+            outputs, losses, right = self._judged(tasks)
+            found = {"loss": losses.mean(), "outputs": outputs}
+            return found if right is None else {**found, "accuracy": right.mean()}
+        total, shares = self._in_chunks(tasks)
+        found = {"loss": summed(total, shared_too=True)}
+        return {**found, "accuracy": sum(shares) / len(tasks.query_targets)} if shares else found
+
+    def _judged(self, tasks: TaskBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns outputs, losses and shares of right answers on the query sets, at what the displacements are now."""
+        adaptation = self.adaptation()
         outputs = adaptation.outputs(self.adapted(tasks, adaptation.displacements()), tasks.query_inputs)
         losses = adaptation.losses(outputs, tasks.query_targets, self.criterion)
-        found = {"loss": losses.mean(), "outputs": outputs}
-        right = accuracies(outputs, tasks.query_targets)
-        return found if right is None else {**found, "accuracy": right.mean()}
+        return outputs, losses, accuracies(outputs, tasks.query_targets)
+
+    def _in_chunks(self, tasks: TaskBatch) -> tuple[Sum, list[Tensor]]:
+        """Returns the loss as a sum over chunks, and a list to which each evaluation adds its sum of right answers."""
+        shares: list[Tensor] = []
+
+        def loss(chunk: Chunk) -> Tensor:
+            _, losses, right = self._judged(TaskBatch(*chunk.of(tasks)))
+            shares.extend([] if right is None else [right.sum()])
+            return losses.sum() / len(tasks.query_targets)
+
+        return self.adaptation().sum_of(loss), shares
 
 
 class Adaptation(Problem):
@@ -188,7 +219,12 @@ class Adaptation(Problem):
         criterion: ``(outputs, targets) -> scalar`` of one task's support set; the cross-entropy by default.
         proximal: β, which makes the solution unique where it is above the loss's negative curvature. Implicit methods
             then take ``(I + H/β)⁻¹ v`` for ``v = ∂F/∂w``; with a damping δ, ``(I + H/(β + δ))⁻¹ v``.
-        chunk_size: How many tasks to evaluate together; None for all. Smaller chunks take less memory.
+        chunk_size: How many tasks to evaluate together; None for all. Passes, products and solves then go chunk by
+            chunk, each of which has its graph freed before the next one is evaluated. ``"auto"``: the size that takes
+            least time among those that stay in the memory budget, see :attr:`chunking`. It is measured before the first
+            update, kept from then on and saved with the engine's state.
+        memory_budget: What a chunk may take beside parameters and displacements, in bytes, where the size is chosen;
+            half of the memory that is free by default.
         vectorized: Whether to evaluate tasks together, by ``torch.func.vmap``. False is for networks that cannot be:
             control flow that depends on values, operations without a batching rule.
         held_out: Tasks of other classes, on which :meth:`evaluate` reports (warned about where they are not).
@@ -204,6 +240,9 @@ class Adaptation(Problem):
         UnknownNameError: A pattern that matches no trainable parameter.
         DataError: No tasks, or later, another number of them, or a class for which the network has no output.
 
+    With tasks in chunks there are no outputs of the whole, implicit methods solve a system for each chunk, and
+    ``Unrolled(memory="graph")`` evaluates steps again, as ``"replay"`` does.
+
     In data-parallel runs gradients of d are averaged too: every process must draw the same tasks.
 
     Cost: 1 forward pass of the support sets a loss, over M copies of the parameters; memory for M displacements.
@@ -218,7 +257,8 @@ class Adaptation(Problem):
         params: ParameterSelection | None = None,
         criterion: Criterion = F.cross_entropy,
         proximal: float = 0.0,
-        chunk_size: int | None = None,
+        chunk_size: int | str | None = None,
+        memory_budget: int | None = None,
         vectorized: bool = True,
         held_out: TaskSource | Sequence[TaskBatch] | None = None,
         held_out_batches: int = 25,
@@ -229,18 +269,22 @@ class Adaptation(Problem):
         name = settings.get("name") or "adaptation"
         if not isinstance(network, nn.Module):
             raise ParameterError(f"problem {name!r} needs a network, an nn.Module, not {type(network).__name__}")
-        check_settings(name, optimizer, proximal, chunk_size, held_out_batches, held_out_steps)
+        check_settings(name, optimizer, proximal, chunk_size, memory_budget, held_out_batches, held_out_steps)
         adapting = select_parameters(name, network, params)
         refuse_running_statistics(name, network)
         self.network = network
         self.source, self.held_out = tasks, held_out
         warn_of_shared_classes(name, tasks, held_out)
         self.num_tasks = len(batch_of(tasks, 0, name).support_targets)
-        module = Displacements({key: _zeros(self.num_tasks, value) for key, value in adapting.items()})
+        zeros = {key: _zeros(self.num_tasks, value) for key, value in adapting.items()}
+        module = Displacements(zeros, keeps_chunk=chunk_size == "auto")
         super().__init__(module, optimizer=optimizer, reset="initial", **settings)
         refuse_settings(self, "accumulate", "start", "stop")
         self.criterion, self.proximal = criterion, proximal
-        self.chunk_size, self.vectorized = chunk_size, vectorized
+        self.chunk_size, self.memory_budget, self.vectorized = chunk_size, memory_budget, vectorized
+        self._chunking: Chunking | None = None
+        self._alone: Chunk | None = None
+        self._measuring = False
         self.held_out_batches, self.held_out_steps = held_out_batches, held_out_steps
         self.meta_learner_name = meta_learner
         self._make_optimizer = optimizer
@@ -278,9 +322,32 @@ class Adaptation(Problem):
         return batch.to(self.parameters[0].device)
 
     def restart(self) -> None:
-        """Sets d to 0 and goes on to the next tasks."""
+        """Sets d to 0 and goes on to the next tasks; chooses the chunk size at the first ones, if that is asked for.
+
+        Raises:
+            ConfigError: A single task takes more memory than the budget.
+        """
         super().restart()
         self._go_on()
+        if self.chunk_size == "auto" and not int(self._held.chunk):
+            self._chunking = self._measured()
+            with torch.no_grad():
+                self._held.chunk.fill_(self._chunking.size)
+
+    @property
+    def chunking(self) -> Chunking | None:
+        """The chunk size that was chosen and what was measured, where ``chunk_size="auto"``; None before the choice.
+
+        Of a choice that was read from a file, the size alone is known. ``print(adaptation.chunking)`` lists it all.
+        """
+        size = int(self._held.chunk) if self.chunk_size == "auto" else 0
+        if size and (self._chunking is None or self._chunking.size != size):
+            return Chunking(size, self.memory_budget or 0)
+        return self._chunking if size else None
+
+    def chunks(self) -> list[Chunk]:
+        """Returns the chunks in which tasks are evaluated; of one task each, as long as the size is not chosen."""
+        return chunks_of(self.num_tasks, self._size())
 
     def on_step_end(self, result: StepResult) -> None:
         """Leaves the tasks of a step that was skipped: the same ones would lead to the same end."""
@@ -294,16 +361,39 @@ class Adaptation(Problem):
             values: The network's parameters by name, of their own shapes or ``(M, *shape)``.
             inputs: ``(M, n, …)``.
         """
-        return stacked_outputs(self.network, values, inputs, vectorized=self.vectorized, chunk_size=self.chunk_size)
+        size = self._size()
+        size = None if size is None or size >= len(inputs) else size
+        return stacked_outputs(self.network, values, inputs, vectorized=self.vectorized, chunk_size=size)
 
     def losses(self, outputs: Tensor, targets: Tensor, criterion: Criterion | None = None) -> Tensor:
         """Returns the loss of every task, ``(M,)``."""
         return stacked_losses(criterion or self.criterion, outputs, targets, vectorized=self.vectorized)
 
     def loss(self, batch: Any) -> Mapping[str, Any]:
-        """Returns the sum of the tasks' losses on their support sets, with the outputs."""
+        """Returns the sum of the tasks' losses on their support sets, with the outputs unless tasks are in chunks."""
         refuse_data(self, batch)
-        return self._support_loss(self.tasks(), self.displacements())
+        tasks, chosen = self.tasks(), self.chunking
+        if len(self.chunks()) == 1:
+            found = self._support_loss(tasks, self.displacements())
+        elif self._alone is None:
+            found = {"loss": summed(self._in_chunks(tasks), shared_too=False)}
+        else:
+            with seeded(_drawn_seed(), self._alone, self.parameters[0].device):
+                found = self._support_loss(TaskBatch(*self._alone.of(tasks)), self.displacements())
+        return found if chosen is None else {**found, "chunk_size": chosen.size}
+
+    def respond(self, estimator: Estimator, lower: InnerProblem) -> Response:
+        """See :meth:`Problem.respond`: chunk by chunk, but where an update is one of all tasks together."""
+        chunks = self.chunks()
+        together = estimator.needs_trajectory and (self.max_grad_norm is not None or self.projects)
+        if len(chunks) == 1 or together:
+            return super().respond(estimator, lower)
+        return ResponseInChunks(estimator, lower, chunks, self._taking)
+
+    def sum_of(self, loss: Callable[[Chunk], Tensor]) -> Sum:
+        """Returns the sum over chunks of a loss, which is called with the chunk's displacements in place."""
+        stacked, shared = Standing([self.module]), Standing([self.learner().module])
+        return Sum(self.chunks(), loss, stacked, shared, _drawn_seed(), self.parameters[0].device)
 
     def adapt(self, tasks: TaskBatch, steps: int | None = None) -> dict[str, Tensor]:
         """Returns the network's parameters after adaptation to tasks, and changes nothing.
@@ -319,6 +409,16 @@ class Adaptation(Problem):
         """
         check_integer(self.name, "steps", self.steps if steps is None else steps, minimum=0)
         tasks = tasks.to(self.parameters[0].device)
+        size = self._size() if self.max_grad_norm is None else None
+        chunks = chunks_of(len(tasks.support_targets), size)
+        found = [self._adapted(TaskBatch(*chunk.of(tasks)), steps) for chunk in chunks]
+        own = {name: parameter.dim() for name, parameter in self.network.named_parameters()}
+        return {
+            name: value if value.dim() == own[name] else torch.cat([part[name] for part in found])
+            for name, value in found[0].items()
+        }
+
+    def _adapted(self, tasks: TaskBatch, steps: int | None) -> dict[str, Tensor]:
         count = len(tasks.support_targets)
         displacements = {name: _zeros(count, value[0]).requires_grad_() for name, value in self.displacements().items()}
         moving = tuple(displacements.values())
@@ -381,6 +481,42 @@ class Adaptation(Problem):
             loss = loss + self.proximal / 2 * sum(part.square().sum() for part in displacements.values())
         return {"loss": loss, "outputs": outputs}
 
+    def _in_chunks(self, tasks: TaskBatch) -> Sum:
+        return self.sum_of(lambda chunk: self._support_loss(TaskBatch(*chunk.of(tasks)), self.displacements())["loss"])
+
+    def _size(self) -> int | None:
+        if self._measuring:
+            return None
+        if isinstance(self.chunk_size, str):
+            return int(self._held.chunk) or 1
+        return self.chunk_size
+
+    def _measured(self) -> Chunking:
+        """Chooses the chunk size at the present tasks."""
+        device, tasks = self.parameters[0].device, self.tasks()
+        budget = self.memory_budget or int(SHARE * free_memory(device))
+        self._measuring = True
+        try:
+            return self._choice(tasks, budget, device)
+        finally:
+            self._measuring = False
+
+    def _choice(self, tasks: TaskBatch, budget: int, device: torch.device) -> Chunking:
+        with preserved({"cpu", str(device)}):
+            inner, (outer, _) = self._in_chunks(tasks), self.learner()._in_chunks(tasks)
+            costs = Costs(inner, outer, self.steps, self.method, self.num_tasks, budget)
+            given = self.memory_budget is not None
+            return choose(self.num_tasks, budget, costs.memory, costs.seconds, given, f"problem {self.name!r}")
+
+    @contextmanager
+    def _taking(self, chunk: Chunk) -> Iterator[None]:
+        """Lets the loss be that of one chunk alone, at the chunk's displacements."""
+        before, self._alone = self._alone, chunk
+        try:
+            yield
+        finally:
+            self._alone = before
+
     def _optimizer_of(self, params: Tensors) -> Optimizer:
         """Makes an optimiser like the problem's own, with its present settings and nothing remembered."""
         assert self.optimizer is not None
@@ -397,6 +533,11 @@ class Adaptation(Problem):
     def _go_on(self) -> None:
         with torch.no_grad():
             self._held.number += 1
+
+
+def _drawn_seed() -> int:
+    """Draws what the random numbers of all chunks follow from."""
+    return int(torch.randint(2**62, ()))
 
 
 def _zeros(count: int, like: Tensor) -> Tensor:

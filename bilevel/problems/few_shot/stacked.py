@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from bilevel.errors import DataError
+from bilevel.problems.few_shot.normalisation import OneNormalisation, takes_statistics
 
 __all__ = ["Displacements", "Mirror", "RatedNetwork", "accuracies", "stacked_losses", "stacked_outputs"]
 
@@ -38,13 +39,21 @@ class Mirror(nn.Module):
 
 
 class Displacements(Mirror):
-    """Displacements, and the number of the batch of tasks that they are for: -1 before the first."""
+    """Displacements, and the number of the batch of tasks that they are for: -1 before the first.
+
+    Args:
+        values: The values by name.
+        keeps_chunk: Whether to keep the chunk size that was chosen, too: 0 before it was.
+    """
 
     number: Tensor
+    chunk: Tensor
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], *, keeps_chunk: bool = False) -> None:
         super().__init__(values)
         self.register_buffer("number", torch.tensor(-1))
+        if keeps_chunk:
+            self.register_buffer("chunk", torch.tensor(0))
 
 
 class RatedNetwork(nn.Module):
@@ -85,6 +94,9 @@ def stacked_outputs(
         found: Tensor = functional_call(network, {**shared, **own}, (given,))
         return found
 
+    if vectorized and takes_statistics(network):
+        with OneNormalisation():
+            return _over_tasks(outputs, True, chunk_size)(stacked, inputs)
     return _over_tasks(outputs, vectorized, chunk_size)(stacked, inputs)
 
 

@@ -1,0 +1,98 @@
+"""What chunks of tasks cost: an inner step, its derivative and the outer loss, evaluated at the tasks at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.functional import derivatives, leaves
+from bilevel.hypergrad import Estimator
+from bilevel.problems.few_shot.budget import measured_peak, timed
+from bilevel.problems.few_shot.chunks import Chunk, Sum
+from bilevel.vector import Tensors
+
+__all__ = ["Costs"]
+
+PRODUCTS = 5
+"""How many products an implicit method is taken to need, where chunk sizes are compared."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measures chunks of the first tasks.
+
+    Attributes:
+        inner: The inner loss.
+        outer: The outer loss.
+        steps: Inner steps.
+        method: By which the inner problem is differentiated.
+        count: M.
+        budget: Bytes; a measurement ends where it exceeds them.
+    """
+
+    inner: Sum
+    outer: Sum
+    steps: int
+    method: Estimator | None
+    count: int
+    budget: int
+
+    def memory(self, size: int) -> int:
+        """Returns the peak of a chunk: of a step's graph and product, or of the outer loss's pass.
+
+        Where all tasks are one chunk and the method keeps graphs, these are of all steps at once.
+        """
+        chunk, device = Chunk(0, size), self.inner.device
+        kept = self.steps if self._keeps_graphs(size) else 1
+        held = None
+        with measured_peak(device, self.budget) as graph:
+            held = self._graph(self.inner, chunk)
+        del held
+        if graph.peak > self.budget:
+            return graph.peak
+        with measured_peak(device, self.budget) as product:
+            self._product(chunk)
+        with measured_peak(device, self.budget) as outer:
+            self._gradient(self.outer, chunk, shared_too=True)
+        return max(product.peak + (kept - 1) * graph.held, outer.peak + (kept * graph.held if kept > 1 else 0))
+
+    def seconds(self, size: int) -> float:
+        """Returns the time of an outer step of a chunk."""
+        chunk, device = Chunk(0, size), self.inner.device
+
+        def time_of(body: Callable[[], object]) -> float:
+            return timed(body, device)
+
+        step = 0.0 if self._keeps_graphs(size) else time_of(lambda: self._gradient(self.inner, chunk, shared_too=False))
+        product = time_of(lambda: self._product(chunk))
+        products = self.steps if self.method is None or self.method.needs_trajectory else PRODUCTS
+        return (
+            self.steps * step + products * product + time_of(lambda: self._gradient(self.outer, chunk, shared_too=True))
+        )
+
+    def _keeps_graphs(self, size: int) -> bool:
+        return size == self.count and self.method is not None and self.method.keeps_graph
+
+    def _leaves(self, total: Sum, chunk: Chunk) -> tuple[Tensors, Tensors]:
+        return total.leaves(chunk, total.stacked.tensors, total.shared.tensors)
+
+    def _gradient(self, total: Sum, chunk: Chunk, *, shared_too: bool) -> tuple[Tensor | None, ...]:
+        rows, shared = self._leaves(total, chunk)
+        with torch.enable_grad():
+            inputs = tuple(part for part in (rows + shared if shared_too else rows) if part.requires_grad)
+            return derivatives(total.at(chunk, rows, shared), inputs)
+
+    def _graph(self, total: Sum, chunk: Chunk) -> tuple[Tensors, tuple[Tensor | None, ...]]:
+        rows, shared = self._leaves(total, chunk)
+        with torch.enable_grad():
+            grads = derivatives(total.at(chunk, rows, shared), rows, create_graph=True)
+        return tuple(part for part in rows + shared if part.requires_grad), grads
+
+    def _product(self, chunk: Chunk) -> None:
+        inputs, grads = self._graph(self.inner, chunk)
+        curved = tuple(grad for grad in grads if grad is not None and grad.requires_grad)
+        if curved:
+            torch.autograd.grad(curved, inputs, leaves(curved), allow_unused=True)
