@@ -32,6 +32,7 @@ SIZES = {
     "full": {"batch": 64, "channels": 16, "width": 64, "length": 32},
 }
 VOCABULARY, HEADS, LAYERS, LOG_DECAY = 32, 4, 2, -6.0
+Activation = Callable[[Tensor], Tensor]
 RATES = {"conv": 0.1, "transformer": 0.3}
 METHODS = {
     f"{network}_{steps}{'_memory' if least else ''}": Method(
@@ -61,12 +62,12 @@ class ConvNet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts the next token: layers of causal attention, written out, and of a ReLU network, normalised before."""
+    """Predicts the next token: layers of causal attention, written out, and of two linear ones, normalised before."""
 
-    def __init__(self, width: int, length: int) -> None:
+    def __init__(self, width: int, length: int, activation: Activation = torch.relu) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
-        self.layers = nn.ModuleList([Layer(width, length) for _ in range(LAYERS)])
+        self.layers = nn.ModuleList([Layer(width, length, activation) for _ in range(LAYERS)])
         self.head = nn.Linear(width, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -79,8 +80,9 @@ class Transformer(nn.Module):
 class Layer(nn.Module):
     mask: Tensor
 
-    def __init__(self, width: int, length: int) -> None:
+    def __init__(self, width: int, length: int, activation: Activation) -> None:
         super().__init__()
+        self.activation = activation
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.read, self.write = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -93,7 +95,7 @@ class Layer(nn.Module):
         scores = (query @ key.transpose(-1, -2)) * (width // HEADS) ** -0.5
         weights = scores.masked_fill(self.mask, -torch.inf).softmax(-1)
         x = x + self.write((weights @ value).transpose(1, 2).reshape(batch, length, width))
-        found: Tensor = x + self.down(torch.relu(self.up(self.norms[1](x))))
+        found: Tensor = x + self.down(self.activation(self.up(self.norms[1](x))))
         return found
 
 
@@ -158,14 +160,19 @@ class Tasks:
 def data(size: str, folder: Path | None) -> tuple[Arrays, str]:
     sizes = SIZES[size]
     x, y, source = digits(2 * sizes["batch"], folder)
-    # Sequences of a Markov chain: every token is followed by one of four, mostly by the first.
+    tokens = sequences(2 * sizes["batch"], sizes["length"])
+    return {"images": x.reshape(-1, 1, 28, 28), "labels": y, "tokens": tokens}, f"{source}; a seeded Markov chain"
+
+
+def sequences(count: int, length: int) -> np.ndarray:
+    """Returns sequences of ``length + 1`` tokens: each is followed by one of four, mostly by the first of them."""
     generator = np.random.default_rng(0)
     following = generator.integers(VOCABULARY, size=(VOCABULARY, 4))
-    tokens = generator.integers(VOCABULARY, size=(2 * sizes["batch"], sizes["length"] + 1))
-    for place in range(sizes["length"]):
-        choice = generator.choice(4, size=len(tokens), p=[0.7, 0.1, 0.1, 0.1])
+    tokens = generator.integers(VOCABULARY, size=(count, length + 1))
+    for place in range(length):
+        choice = generator.choice(4, size=count, p=[0.7, 0.1, 0.1, 0.1])
         tokens[:, place + 1] = following[tokens[:, place], choice]
-    return {"images": x.reshape(-1, 1, 28, 28), "labels": y, "tokens": tokens}, f"{source}; a seeded Markov chain"
+    return tokens
 
 
 def task(arrays: Arrays, size: str, device: str = "cpu", dtype: str = "float32") -> Tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Library(Side):
     note = "one problem a task; all query losses in one graph"
 
     def __init__(self, problem: FewShot) -> None:
+        logging.disable(logging.CRITICAL)
         batch = [(torch.zeros(1),)]
         network = problem.copy()
         optimizer = KeepingSGD(network.parameters(), lr=problem.outer_rate)
@@ -55,7 +57,7 @@ class Library(Side):
         self.outer.problem, self.outer.inner, self.steps = problem, inner, problem.steps
         edges = {"u2l": {self.outer: inner}, "l2u": {one: [self.outer] for one in inner}}
         device = "gpu" if problem.batch[0].is_cuda else "cpu"
-        self.engine = Engine([self.outer, *inner], EngineConfig(strategy=device), edges)
+        self.engine = Engine([self.outer, *inner], EngineConfig(strategy=device, logger_type="none"), edges)
 
     def step(self) -> None:
         for _ in range(self.steps):

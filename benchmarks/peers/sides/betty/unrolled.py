@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ class Inner(IterativeProblem):  # type: ignore[misc]
 
 class Library(Side):
     def __init__(self, case: Unrolling, steps: int) -> None:
+        logging.disable(logging.CRITICAL)
         model, decay = case.copy(), nn.ParameterList([case.decay.clone()])
         optimizers = [
             KeepingSGD(decay.parameters(), lr=case.outer_rate),
@@ -48,7 +50,7 @@ class Library(Side):
         self.steps, self.decay = steps, decay
         edges = {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
         device = "gpu" if case.decay.is_cuda else "cpu"
-        self.engine = Engine([outer, inner], EngineConfig(strategy=device), edges)
+        self.engine = Engine([outer, inner], EngineConfig(strategy=device, logger_type="none"), edges)
         self.outer = outer
 
     def step(self) -> None:

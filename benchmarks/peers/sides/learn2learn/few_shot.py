@@ -1,20 +1,42 @@
-"""(d) by learn2learn: ``MAML``, a loop over tasks, each backward at its end."""
+"""(d) by learn2learn: ``MAML``, a loop over tasks, each backward at its end.
+
+The class is imported past the package's ``__init__`` modules, which import gym, torchvision and Lightning.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
-from learn2learn.algorithms.maml import MAML
 from torch import Tensor
 
 from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side
 from benchmarks.peers.workloads.few_shot import FewShot, Tasks
 
 
+def maml() -> Any:
+    """Returns the class ``MAML``."""
+    found = importlib.util.find_spec("learn2learn")
+    if found is None or found.submodule_search_locations is None:
+        raise ModuleNotFoundError("No module named 'learn2learn'")
+    folder = found.submodule_search_locations[0]
+    for name, path in (("learn2learn", folder), ("learn2learn.algorithms", f"{folder}/algorithms")):
+        package = ModuleType(name)
+        package.__path__ = [path]
+        sys.modules.setdefault(name, package)
+    return importlib.import_module("learn2learn.algorithms.maml").MAML
+
+
 class Library(Side):
+    note = "its MAML class alone: the package imports torchvision, whose wheels need the CUDA build of torch"
+
     def __init__(self, problem: FewShot) -> None:
         self.problem = problem
-        self.learner = MAML(problem.copy(), lr=problem.rate, first_order=False)
+        self.learner = maml()(problem.copy(), lr=problem.rate, first_order=False)
         self.outer = KeepingSGD(self.learner.parameters(), lr=problem.outer_rate)
 
     def step(self) -> None:

@@ -1,0 +1,5 @@
+"""(e) by Betty."""
+
+from benchmarks.peers.sides.betty.implicit import build
+
+__all__ = ["build"]

@@ -1,0 +1,5 @@
+"""(e) by hand."""
+
+from benchmarks.peers.sides.hand.implicit import build
+
+__all__ = ["build"]

@@ -1,0 +1,5 @@
+"""(e) by TorchOpt."""
+
+from benchmarks.peers.sides.torchopt.implicit import build
+
+__all__ = ["build"]
