@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers.environments import LIBRARIES, find
-from benchmarks.peers.report import RESULTS, about, complain, lines_of, load, save, with_results
+from benchmarks.peers.report import RESULTS, about, complain, lines_of, load, save, with_results, without_paths
 from benchmarks.peers.run import Settings, measure
 
 WORKLOADS = Path(__file__).parent / "workloads"
@@ -89,11 +89,6 @@ def _run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str]
             save(key, result)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
-
-
-def without_paths(given: Sequence[str]) -> list[str]:
-    """Returns the arguments, folders and files by their last name: those of this machine tell a reader nothing."""
-    return [Path(text).name if "/" in text else text for text in given]
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import torch
 
 from benchmarks.peers.environments import LIBRARIES
 
-__all__ = ["RESULTS", "about", "lines_of", "load", "save", "with_results"]
+__all__ = ["RESULTS", "about", "lines_of", "load", "save", "with_results", "without_paths"]
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("method", "library", "passes", "ms a step", "to the loop by hand", "peak MiB", "error", "to the exact", "")
 
 
-def about(command: Sequence[str], seconds: float, settings: Any) -> dict[str, Any]:
+def about(command: Sequence[str], seconds: float, settings: Any, module: str = "benchmarks.peers") -> dict[str, Any]:
     """Returns what a reader needs to judge the numbers."""
     gpu = torch.cuda.get_device_name() if settings.device == "cuda" else None
     return {
@@ -35,10 +35,15 @@ def about(command: Sequence[str], seconds: float, settings: Any) -> dict[str, An
         "clock": "processor time" if settings.cpu_time else "wall clock",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": "python -m benchmarks.peers " + shlex.join(command),
+        "command": f"python -m {module} " + shlex.join(command),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds, 1),
     }
+
+
+def without_paths(given: Sequence[str]) -> list[str]:
+    """Returns the arguments, folders and files by their last name: those of this machine tell a reader nothing."""
+    return [Path(text).name if "/" in text else text for text in given]
 
 
 def processor() -> str:
@@ -110,15 +115,13 @@ def cells(row: Mapping[str, Any], label: str, best: float | None) -> list[str]:
     if ranked(row) and row["seconds"] == best:
         time_cell = f"**{time_cell}**"
     peak = row["peak"] / 2**20
-    # no kernel counts resident pages to less than a mebibyte here: a JAX step below that says so
-    peak_cell = f"≤ {peak:.0f}" if row["peak_kind"] == "resident" and peak <= 1 else f"{peak:.2f}"
     return [
         label,
         name,
         "–" if row["passes"] is None else "{} + {}".format(*row["passes"]),
         time_cell,
         ratio,
-        "–" if math.isnan(peak) else peak_cell,
+        "–" if math.isnan(peak) else f"{peak:.2f}",
         scientific(row["own_error"]),
         scientific(row["exact_error"]),
         f"**wrong**: {plain(row['wrong'])}" if row["wrong"] else "",

@@ -21,7 +21,6 @@ from benchmarks.peers.verdict import cosine, error, reason
 __all__ = ["Row", "Settings", "Workload", "measure"]
 
 BASE = "hand"
-OWN_ALLOCATOR = ("jaxopt",)  # torch's count of bytes says nothing of these
 SECONDS = 0.2  # of timed steps in one turn, at least one step
 
 
@@ -62,7 +61,8 @@ class Row:
         seconds: Of a step, the median over the rounds.
         ratio: To the hand-written loop in the same rounds; None where there is none.
         peak: Bytes at the peak of a step, above those before it.
-        peak_kind: ``"allocated"`` by torch, or ``"resident"``.
+        peak_kind: ``"allocated"`` by torch, or ``"planned"`` by XLA: temporary buffers and results.
+        resident: The rise of the resident memory and its uncertainty, which also holds what the C heap cannot reuse.
         wrong: Why the hypergradient is wrong; empty where it is right.
         failed: Why there is no number.
         note: What a reader should know.
@@ -78,6 +78,7 @@ class Row:
     ratio: Ratio | None = None
     peak: float = math.nan
     peak_kind: str = ""
+    resident: Sequence[int] | None = None
     wrong: str = ""
     failed: str = ""
     note: str = ""
@@ -247,8 +248,4 @@ def _memory(rows: Sequence[Row], start: Starter) -> None:
             except WorkerError as failure:
                 row.note = f"{row.note}; memory: {failure}".strip("; ")
                 continue
-            resident = found["resident"]
-            if row.library in OWN_ALLOCATOR and resident is not None:
-                row.peak, row.peak_kind = max(resident), "resident"  # not less than what the kernel can tell
-            elif row.library not in OWN_ALLOCATOR:
-                row.peak, row.peak_kind = found["allocated"], "allocated"
+            row.peak, row.peak_kind, row.resident = found["peak"], found["kind"], found["resident"]

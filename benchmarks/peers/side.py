@@ -159,6 +159,10 @@ class Side(ABC):
         """
         raise NotImplementedError
 
+    def planned_bytes(self) -> int | None:
+        """Returns what a compiler plans for a step beyond its inputs; None where torch's allocator can be asked."""
+        return None
+
     def wait(self) -> None:
         """Returns when everything that was started has been computed."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():

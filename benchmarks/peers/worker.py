@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.peers.memory import peak_bytes, peak_resident
-from benchmarks.peers.side import NotOffered, Passes, Side
+from benchmarks.peers.side import Method, NotOffered, Passes, Side
 from benchmarks.peers.timing import timed
 
 __all__ = ["Worker", "main"]
@@ -60,9 +60,16 @@ class Worker:
             self.arrays[data] = {name: arrays[name] for name in arrays.files}
 
     def build(
-        self, key: str, data: str, workload: str, method: str, size: str, device: str = "cpu", dtype: str = "float32"
+        self,
+        key: str,
+        data: str,
+        workload: str,
+        method: str | dict[str, Any],
+        size: str,
+        device: str = "cpu",
+        dtype: str = "float32",
     ) -> dict[str, Any]:
-        """Makes a side under a key, from the workload's start."""
+        """Makes a side under a key, from the workload's start; ``method`` is one of the workload's, or its fields."""
         module = importlib.import_module(f"benchmarks.peers.workloads.{workload}")
         name = f"benchmarks.peers.sides.{self.library}.{workload}"
         try:
@@ -73,7 +80,7 @@ class Worker:
             raise
         task = module.task(self.arrays[data], size, device, dtype)
         self.tasks[key] = task
-        self.sides[key] = side.build(task, module.METHODS[method])
+        self.sides[key] = side.build(task, module.METHODS[method] if isinstance(method, str) else Method(**method))
         return {"note": self.sides[key].note}
 
     def place(self, key: str, file: str) -> None:
@@ -93,6 +100,26 @@ class Worker:
         except NotImplementedError:
             return False
         return True
+
+    def timed_path(self, key: str, file: str, found: str, cpu_time: bool = False) -> dict[str, Any]:
+        """Takes one timed step from each of a file's points; writes the hypergradients to another file.
+
+        Returns:
+            The seconds of every step, and how many backward passes they took in all.
+        """
+        side, counter, seconds, gradients = self.sides[key], Passes(), [], []
+        with np.load(file) as arrays:
+            points = {name: arrays[name] for name in arrays.files}
+        inner = sorted(name for name in points if name.startswith("inner"))
+        outer = sorted(name for name in points if name.startswith("outer"))
+        with backward_counted(counter):
+            for number in range(len(points[inner[0]])):
+                side.place([points[name][number] for name in inner], [points[name][number] for name in outer])
+                side.wait()
+                seconds.append(timed(side.step, side.wait, 1, cpu_time=cpu_time))
+                gradients.append(np.concatenate([as_array(part).ravel() for part in side.hypergradient()]))
+        np.savez(found, gradients=np.stack(gradients))
+        return {"seconds": seconds, "backward": counter.backward}
 
     def step(self, key: str) -> None:
         self.sides[key].step()
@@ -123,8 +150,9 @@ class Worker:
             side.step()
             side.wait()
 
-        resident = peak_resident(whole)
-        return {"allocated": peak_bytes(whole), "resident": resident}
+        resident, planned = peak_resident(whole), side.planned_bytes()
+        peak = peak_bytes(whole) if planned is None else planned
+        return {"peak": peak, "kind": "allocated" if planned is None else "planned", "resident": resident}
 
     def drop(self, key: str) -> None:
         """Forgets a side."""

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side, Task
 from benchmarks.peers.sides.hand.implicit import put
-from bilevel import ConjugateGradient, Engine, EngineConfig, Estimator, FiniteDifference, Identity, Neumann, Problem
+from bilevel import (
+    ConjugateGradient,
+    Engine,
+    EngineConfig,
+    Estimator,
+    FiniteDifference,
+    Identity,
+    Neumann,
+    Problem,
+    as_estimator,
+)
 
 
 class Outer(Problem):
@@ -48,7 +58,9 @@ class Library(Side):
 
 
 def estimator(method: Method) -> Estimator:
-    """Returns this library's name for a method."""
+    """Returns this library's name for a method; ``options`` holds fields that no other library has."""
+    if method.options:
+        return as_estimator({"method": method.kind, **method.options})
     if method.kind == "identity":
         return Identity()
     if method.kind == "finite_difference":

@@ -62,6 +62,10 @@ class Library(Side):
         self.lam = [jnp.asarray(x, dtype=part.dtype) for x, part in zip(outer, self.lam, strict=True)]
         self.wait()
 
+    def planned_bytes(self) -> int:
+        found = self.outer_step.lower(self.w, self.lam, self.data).compile().memory_analysis()
+        return int(found.temp_size_in_bytes + found.output_size_in_bytes)
+
     def wait(self) -> None:
         jax.block_until_ready((self.w, self.lam))
 

@@ -1,0 +1,401 @@
+"""What it costs to keep every hypergradient of a run within a relative error of 1e-3.
+
+    python -m benchmarks.peers.precision [WORKLOAD …] --environments DIR [--size small] [--rounds 5] [--save]
+
+A run of 50 outer steps is made once, in float64: λ by Adam with exact hypergradients, w by the workload's inner steps.
+All libraries then start each of these steps from the same w and λ, and every hypergradient is compared with the exact
+one in float64 at the new w. A peer has a fixed number of terms (and a step size): the smallest with which all 50 are
+within the limit, searched over the whole run, first in float64, then in the library itself. This library's solves stop
+by their residual; the largest tolerance of a grid with which all 50 are within the limit is taken. What is timed is the
+whole outer step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.peers.environments import LIBRARIES, find
+from benchmarks.peers.protocol import Remote, WorkerError
+from benchmarks.peers.reference import Point, new_inner, solved, unflat
+from benchmarks.peers.report import about, complain, save, scientific, without_paths
+from benchmarks.peers.run import Settings, has_side
+from benchmarks.peers.side import Arrays, Method, NotOffered, Task
+from benchmarks.peers.timing import rotated
+from benchmarks.peers.verdict import error
+
+__all__ = ["Path50", "main", "path"]
+
+LIMIT, STEPS = 1e-3, 50
+OUTER_RATES = {"regularisation": 0.05, "reweighting": 0.01}  # of Adam; 0.01 where nothing is said
+PEERS = ("hand", "betty", "torchopt", "boat", "jaxopt")
+LOOK = (0, 12, 25, 37, 49)  # the steps at which the search in float64 looks
+CG_CAP, SERIES_CAP = 400, 1500
+HOPELESS = 0.1  # a method that is right is far nearer with what suffices in float64
+FRACTIONS = (1.0, 1.5, 1.9)  # of 1/λmax, for α
+TOLERANCES = tuple(10 ** (-0.25 * k) for k in range(2, 21))
+OURS: dict[str, dict[str, Any]] = {
+    "stopped by the residual": {},
+    "warm start": {"warm_start": True},
+    "warm start, Nyström": {"warm_start": True, "preconditioner": "nystrom"},
+}
+
+
+@dataclass
+class Path50:
+    """The points that every library starts a step from, and what is right there.
+
+    Attributes:
+        inner: For each inner parameter its values at all steps, stacked.
+        outer: Likewise.
+        exact: Exact hypergradients at the inner parameters after each step's inner update.
+    """
+
+    inner: list[np.ndarray]
+    outer: list[np.ndarray]
+    exact: np.ndarray
+
+    def write(self, file: Path) -> None:
+        parts = {f"inner{i:04d}": x for i, x in enumerate(self.inner)}
+        np.savez(file, **parts, **{f"outer{i:04d}": x for i, x in enumerate(self.outer)})
+
+    def at(self, steps: Sequence[int]) -> Path50:
+        """Returns only these steps."""
+        chosen = list(steps)
+        return Path50([x[chosen] for x in self.inner], [x[chosen] for x in self.outer], self.exact[chosen])
+
+    def task(self, task: Task, step: int) -> Task:
+        """Returns the task with a step's points for its start."""
+        parts = ([torch.tensor(x[step], dtype=torch.float64) for x in part] for part in (self.inner, self.outer))
+        inner, outer = parts
+        return replace(task, inner=inner, outer=outer)
+
+
+@dataclass
+class Contender:
+    """A library with a method, and what became of it.
+
+    Attributes:
+        library: Its key.
+        label: What the table says of the method.
+        method: The method.
+        errors: Of every hypergradient.
+        seconds: Of all steps, one for every time that the run was gone through.
+        products: A step's backward passes, without those of inner step, outer gradient and graph.
+        failed: Why there is nothing.
+        lacks: Whether that is because the library does not offer the method.
+        part: Whether only the steps :data:`LOOK` are taken, and the seconds are scaled to all.
+    """
+
+    library: str
+    label: str
+    method: Method
+    errors: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    products: float = math.nan
+    failed: str = ""
+    lacks: bool = False
+    part: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.label
+
+
+def path(task: Task, rate: float, steps: int = STEPS) -> Path50:
+    """Makes the run in float64, from points that float32 holds."""
+    inner = [part.detach().float().double() for part in task.inner]
+    outer = [part.detach().clone().requires_grad_() for part in task.outer]
+    adam = torch.optim.Adam(outer, lr=rate)
+    inners, outers, exact = [], [], []
+    for _ in range(steps):
+        here = [part.detach().float().double() for part in outer]
+        inners.append([part.numpy().astype(np.float32) for part in inner])
+        outers.append([part.numpy().astype(np.float32) for part in here])
+        new = new_inner(replace(task, inner=inner, outer=here))
+        point = Point(task, new, here)
+        total = point.total(solved(point))
+        exact.append(total.numpy())
+        for part, grad in zip(outer, unflat(total, outer), strict=True):
+            part.grad = grad.clone()
+        adam.step()
+        inner = [part.float().double() for part in new]
+    stack = [[np.stack(parts) for parts in zip(*rows, strict=True)] for rows in (inners, outers)]
+    return Path50(stack[0], stack[1], np.stack(exact))
+
+
+def smallest(task: Task, run: Path50) -> tuple[int, tuple[int, float]]:
+    """Returns how many products conjugate gradients need at every step looked at, and a Neumann series with its α."""
+    steps = [step for step in LOOK if step < len(run.exact)]
+    points = []
+    for step in steps:
+        start = run.task(task, step)
+        points.append((Point(task, new_inner(start), start.outer), run.exact[step]))
+    conjugate = max(first_within(iterates(point), point, exact, CG_CAP) for point, exact in points)
+    largest = max(largest_eigenvalue(point) for point, _ in points)
+    best = (SERIES_CAP, 1 / largest)
+    for fraction in FRACTIONS:
+        alpha, need = fraction / largest, 0
+        for point, exact in points:
+            need = max(need, first_within(series(point, alpha), point, exact, best[0]))
+            if need >= best[0]:
+                break
+        if need < best[0]:
+            best = (need, alpha)
+    return conjugate, best
+
+
+def iterates(point: Point) -> Iterator[Tensor]:
+    """Yields the iterates of conjugate gradients, the first after one product."""
+    q, r, p = torch.zeros_like(point.v), point.v, point.v
+    rr = r @ r
+    while True:
+        image = point.hessian(p)
+        step = rr / (p @ image)
+        q, r = q + step * p, r - step * image
+        new = r @ r
+        p, rr = r + new / rr * p, new
+        yield q
+
+
+def series(point: Point, alpha: float) -> Iterator[Tensor]:
+    """Yields the partial sums of the Neumann series, the first with one product."""
+    term = total = alpha * point.v
+    while True:
+        term = term - alpha * point.hessian(term)
+        total = total + term
+        yield total
+
+
+def first_within(solutions: Iterator[Tensor], point: Point, exact: np.ndarray, cap: int) -> int:
+    """Returns after how many products the hypergradient is, and stays for two more, within the limit."""
+    inside = 0
+    for number, q in zip(range(1, cap + 1), solutions, strict=False):
+        inside = inside + 1 if error(point.total(q).numpy(), exact) <= LIMIT else 0
+        if inside == 3:
+            return number - 2
+    return cap
+
+
+def largest_eigenvalue(point: Point) -> float:
+    """Returns λmax by 40 power iterations."""
+    q, value = torch.ones_like(point.v), 0.0
+    for _ in range(40):
+        q = point.hessian(q / q.norm())
+        value = float(q.norm())
+    return value
+
+
+class Field:
+    """All libraries on one run."""
+
+    def __init__(
+        self, name: str, arrays: Arrays, run: Path50, pythons: Mapping[str, Path], settings: Settings, folder: Path
+    ) -> None:
+        self.name, self.run, self.settings, self.folder = name, run, settings, folder
+        np.savez(folder / "data.npz", **arrays)
+        self.look = [step for step in LOOK if step < len(run.exact)]
+        run.write(folder / "path.npz")
+        run.at(self.look).write(folder / "part.npz")
+        self.remotes: dict[str, Remote] = {}
+        for library, python in pythons.items():
+            remote = Remote(library, python, threads=settings.threads, environment={"MPLBACKEND": "Agg"})
+            remote.ask("load", data=name, file=str(folder / "data.npz"))
+            self.remotes[library] = remote
+
+    def close(self) -> None:
+        for remote in self.remotes.values():
+            remote.close()
+
+    def take(self, contender: Contender) -> None:
+        """Makes the side anew and goes through the run once; sets errors, products, and adds the seconds."""
+        remote = self.remotes[contender.library]
+        found = self.folder / "found.npz"
+        fields = {"size": self.settings.size, "device": self.settings.device}
+        method = {**asdict(contender.method)}
+        remote.ask("build", key=contender.key, data=self.name, workload=self.name, method=method, **fields)
+        if contender.library == "jaxopt":
+            remote.ask("step", key=contender.key)  # compiles
+        told = remote.ask(
+            "timed_path",
+            key=contender.key,
+            file=str(self.folder / ("part.npz" if contender.part else "path.npz")),
+            found=str(found),
+            cpu_time=self.settings.cpu_time,
+        )
+        remote.ask("drop", key=contender.key)
+        with np.load(found) as arrays:
+            gradients = arrays["gradients"]
+        exact = self.run.exact[list(self.look)] if contender.part else self.run.exact
+        contender.errors = [error(a, b) for a, b in zip(gradients, exact, strict=True)]
+        # Inner step, outer gradient and the gradient with its graph are no products.
+        contender.products = told["backward"] / len(gradients) - 3 if told["backward"] else math.nan
+        contender.seconds.append(sum(told["seconds"]) * len(self.run.exact) / len(exact))
+
+    def holds(self, contender: Contender) -> bool:
+        """Whether every hypergradient of the run is within the limit."""
+        try:
+            self.take(contender)
+        except (WorkerError, NotOffered) as failure:
+            contender.failed, contender.lacks = str(failure), isinstance(failure, NotOffered)
+            return False
+        return max(contender.errors) <= LIMIT  # a NaN is not
+
+    def peer(self, library: str, kind: str, products: int, alpha: float) -> Contender | None:
+        """Returns a peer with the smallest fixed number that holds; None where it does not offer the method."""
+        cap, contender = 3 * products // 2, None
+        while products <= cap:
+            label = f"conjugate gradients, {products} products"
+            if kind == "neumann":
+                label = f"Neumann, {products} products, α = {alpha:.3g}"
+            contender = Contender(library, label, Method(kind, products, alpha), part=kind == "neumann")
+            if self.holds(contender):
+                break
+            if contender.lacks:
+                return None
+            if contender.failed or not max(contender.errors) <= HOPELESS:
+                break
+            products += max(1, products // 20)
+        return contender
+
+    def ours(self, label: str, fields: dict[str, Any]) -> Contender | None:
+        """Returns this library with the largest tolerance that holds, by bisection over the grid."""
+        low, high, best = 0, len(TOLERANCES) - 1, None
+        while low <= high:
+            middle = (low + high) // 2
+            options = {"max_iterations": CG_CAP, "rtol": TOLERANCES[middle], **fields}
+            method = Method("conjugate_gradient", options=options)
+            contender = Contender("bilevel", f"{label}, rtol = {TOLERANCES[middle]:.2g}", method)
+            if self.holds(contender):
+                best, high = contender, middle - 1
+            elif contender.failed:
+                return contender
+            else:
+                low = middle + 1
+        return best
+
+
+def measure(name: str, pythons: Mapping[str, Path], settings: Settings, steps: int) -> dict[str, Any]:
+    """Runs a workload; returns the result as :func:`benchmarks.peers.report.save` takes it."""
+    module = importlib.import_module(f"benchmarks.peers.workloads.{name}")
+    arrays, source = module.data(settings.size, settings.data)
+    task = module.task(arrays, settings.size, dtype="float64")
+    run = path(task, OUTER_RATES.get(name, 0.01), steps)
+    conjugate, (terms, alpha) = smallest(task, run)
+    complain(
+        f"{name}: float64 needs {conjugate} products of conjugate gradients, {terms} of a series (α = {alpha:.3g})"
+    )
+    contenders: list[Contender] = []
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        everybody = Field(name, arrays, run, pythons, settings, Path(folder))
+        try:
+            for library in everybody.remotes:
+                if library == "bilevel":
+                    found = [everybody.ours(label, fields) for label, fields in OURS.items()]
+                else:
+                    found = [everybody.peer(library, "conjugate_gradient", conjugate, 1.0)]
+                    holds = found[0] is not None and not found[0].failed and max(found[0].errors) <= LIMIT
+                    if not holds:  # Betty's conjugate gradients are wrong: its series is the next best
+                        found.append(everybody.peer(library, "neumann", terms, alpha))
+                contenders += [one for one in found if one is not None]
+            good = {f"{i}": one for i, one in enumerate(contenders) if one.errors and max(one.errors) <= LIMIT}
+            for one in good.values():
+                one.seconds.clear()
+            for order in rotated(list(good), settings.rounds):
+                for key in order:
+                    everybody.take(good[key])
+        finally:
+            everybody.close()
+    return {"source": source, "rows": [row(one) for one in contenders], "lines": lines(contenders, source)}
+
+
+def row(one: Contender) -> dict[str, Any]:
+    return {
+        "library": one.library,
+        "label": one.label,
+        "worst": max(one.errors, default=math.nan),
+        "products": one.products,
+        "seconds": one.seconds,
+        "failed": one.failed,
+    }
+
+
+def lines(contenders: Sequence[Contender], source: str) -> list[str]:
+    """Returns the table; the ratio is to the fastest peer that is right and uses torch."""
+    right = [one for one in contenders if one.errors and max(one.errors) <= LIMIT]
+    peers = [one for one in right if one.library not in ("hand", "bilevel", "jaxopt")]
+    best = min(peers, key=lambda one: statistics.median(one.seconds), default=None)
+    table = [
+        "| library | method | products a step | worst error | s for all steps | to the best peer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in sorted(contenders, key=lambda one: statistics.median(one.seconds) if one in right else math.inf):
+        worst = max(one.errors, default=math.nan)
+        products = "–" if math.isnan(one.products) else f"{one.products:.1f}"
+        name = LIBRARIES[one.library].name
+        if one not in right:
+            why = one.failed or f"**wrong**: never within {LIMIT:g}"
+            table.append(f"| {name} | {one.label} | {products} | {scientific(worst)} | {why} |  |")
+            continue
+        ratios = [a / b for a, b in zip(one.seconds, best.seconds, strict=True)] if best else [math.nan]
+        numbers = f"{statistics.median(one.seconds):.3g} | {statistics.median(ratios):.2f}"
+        table.append(f"| {name} | {one.label} | {products} | {scientific(worst)} | {numbers} |")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", default=["regularisation", "reweighting", "adapters"])
+    parser.add_argument("--libraries", nargs="+", choices=tuple(LIBRARIES), default=["bilevel", *PEERS])
+    parser.add_argument("--size", choices=("small", "full"), default="full")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--environments", type=Path)
+    parser.add_argument("--create", action="store_true")
+    parser.add_argument("--here", action="store_true")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--save", action="store_true")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    settings = Settings(options.size, options.rounds, options.threads, options.device, options.cpu_time, options.data)
+    pythons = {}
+    for library in options.libraries:
+        python, why = find(library, options.environments, here=options.here, make=options.create)
+        if python is None:
+            complain(f"{LIBRARIES[library].name}: {why}")
+        else:
+            pythons[library] = python
+    results = {}
+    for name in options.workloads or []:
+        started = time.perf_counter()
+        present = {library: python for library, python in pythons.items() if has_side(library, name)}
+        result = measure(name, present, settings, options.steps)
+        told = about(without_paths(given), time.perf_counter() - started, settings, module="benchmarks.peers.precision")
+        results[f"{name}-precision"] = {"about": told, **result}
+        print(f"## {name}\n", *result["lines"], "", sep="\n", flush=True)
+        if options.save:
+            save(f"{name}-precision", results[f"{name}-precision"])
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
