@@ -15,6 +15,7 @@ from bilevel.functional import Evaluate, dense_gradient, gradient, leaves
 from bilevel.hypergrad.base import InnerProblem, InnerStep, Pullback, Response, State
 from bilevel.hypergrad.inner_updates import InnerUpdates, Trajectory
 from bilevel.hypergrad.unrolled_forward import forward_response
+from bilevel.optim import pulled_linear
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice
 from bilevel.vector import Tensors, add, is_finite, promote, zeros_like
@@ -165,6 +166,9 @@ def _pull_update(
     step: InnerStep, grads: Tensors, inner_bar: Tensors, memory_bar: Tensors
 ) -> tuple[Tensors, Tensors, Tensors]:
     """Returns the cotangents of parameters, gradient and memory that the optimiser's update took."""
+    linear = pulled_linear(step.update, inner_bar, memory_bar)
+    if linear is not None:
+        return linear
     inner, memory = leaves(step.inner), leaves(step.memory)
     # Gradients with graphs are this rank's own; the update was taken at their mean.
     values = leaves(step.objective.reduce(tuple(grad.detach() for grad in grads)))

@@ -6,7 +6,15 @@ tensors. Hyper-parameters are those that the user's optimiser had at that step, 
 
 from bilevel.optim.base import Rule, Update
 from bilevel.optim.curvature import curvature_of
-from bilevel.optim.update import OPTIMIZERS, clipped, default_update, learning_rates, projected, update_of
+from bilevel.optim.update import (
+    OPTIMIZERS,
+    clipped,
+    default_update,
+    learning_rates,
+    projected,
+    pulled_linear,
+    update_of,
+)
 
 __all__ = [
     "OPTIMIZERS",
@@ -17,5 +25,6 @@ __all__ = [
     "default_update",
     "learning_rates",
     "projected",
+    "pulled_linear",
     "update_of",
 ]

@@ -60,6 +60,17 @@ class Rule(ABC):
                 grad = grad.add(param, alpha=self.weight_decay)
         return self.update(param, grad, memory)
 
+    def pull(self, param: Tensor, memory: Tensors) -> tuple[Tensor, Tensor, Tensors] | None:
+        """Returns the cotangents of parameter, gradient and memory before the update, from those of what it returned.
+
+        None where they depend on more than the hyper-parameters: the update is not linear, and is differentiated.
+
+        Args:
+            param: The cotangent of the new parameter.
+            memory: Those of the new memory.
+        """
+        return None
+
     @abstractmethod
     def update(self, param: Tensor, grad: Tensor, memory: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the updated parameter and memory; weight decay is in ``param`` and ``grad`` already."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel.optim.base import Rule
@@ -22,6 +23,19 @@ class SGD(Rule):
         self.dampening = float(group["dampening"])
         self.nesterov = bool(group["nesterov"])
         self.slots = ("momentum_buffer",) if self.momentum else ()
+
+    def pull(self, param: Tensor, memory: Tensors) -> tuple[Tensor, Tensor, Tensors]:
+        """See :meth:`Rule.pull`: the update is linear."""
+        grad, before = -self.learning_rate * param, memory
+        if self.momentum:
+            direction, (buffer,) = grad, memory
+            buffer = buffer.add(direction, alpha=self.momentum if self.nesterov else 1.0)
+            through = buffer * (1 - self.dampening) if self.made else buffer
+            grad = direction + through if self.nesterov else through
+            before = (buffer * self.momentum if self.made else torch.zeros_like(buffer),)
+        if self.weight_decay != 0.0:
+            param = param.add(grad, alpha=self.weight_decay)
+        return param, -grad if self.maximize else grad, before
 
     def update(self, param: Tensor, grad: Tensor, memory: Tensors) -> tuple[Tensor, Tensors]:
         """See :meth:`Rule.update`."""

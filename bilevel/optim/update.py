@@ -17,7 +17,7 @@ from bilevel.optim.rmsprop import Adadelta, Adagrad, RMSprop
 from bilevel.optim.sgd import SGD
 from bilevel.vector import Tensors
 
-__all__ = ["OPTIMIZERS", "clipped", "default_update", "learning_rates", "projected", "update_of"]
+__all__ = ["OPTIMIZERS", "clipped", "default_update", "learning_rates", "projected", "pulled_linear", "update_of"]
 
 _RULES: Mapping[type[Optimizer], type[Rule]] = {
     torch.optim.SGD: SGD,
@@ -45,6 +45,16 @@ OPTIMIZERS: Mapping[str, tuple[type[Optimizer], Mapping[str, Any]]] = {
 @dataclass(frozen=True)
 class _PerParameter:
     rules: tuple[Rule, ...]
+
+    def pull(self, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors] | None:
+        rest, found = iter(memory), []
+        for rule, param in zip(self.rules, params, strict=True):
+            pulled = rule.pull(param, tuple([next(rest) for _ in rule.slots]))
+            if pulled is None:
+                return None
+            found.append(pulled)
+        before, grads, slots = zip(*found, strict=True)
+        return before, grads, tuple([slot for several in slots for slot in several])
 
     def __call__(self, params: Tensors, grads: Tensors, memory: Tensors) -> tuple[Tensors, Tensors]:
         new_params: list[Tensor] = []
@@ -126,6 +136,20 @@ def projected(update: Update, project: Callable[[Tensors], Tensors]) -> Update:
     return _Projected(update, project)
 
 
+def pulled_linear(update: Update, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors] | None:
+    """Pulls cotangents back through an update that is linear in parameters, gradients and memory (SGD's).
+
+    Args:
+        update: The update.
+        params: Cotangents of the new parameters.
+        memory: Cotangents of the new memory.
+
+    Returns:
+        Cotangents of the parameters, gradients and memory before it; None for other updates, which are differentiated.
+    """
+    return update.pull(params, memory) if isinstance(update, _PerParameter) else None
+
+
 def default_update(name: str, learning_rate: float, made: int, params: Tensors) -> tuple[Update, Tensors]:
     """Returns the update number ``made + 1`` of an optimiser of :data:`OPTIMIZERS`, and the memory before the first.
 
@@ -163,7 +187,9 @@ def _refuse_options(optimizer: Optimizer) -> None:
                 "leave it out"
             )
         for key, value in group.items():
-            entries = value if isinstance(value, (tuple, list)) and key != "params" else [value]
+            if value is None or isinstance(value, (float, bool, int)) or key == "params":
+                continue
+            entries = value if isinstance(value, (tuple, list)) else [value]
             if any(isinstance(entry, Tensor) and entry.requires_grad for entry in entries):
                 raise ConfigError(
                     f"the option {key!r} of {name} requires gradients, but hyper-parameters of the inner optimiser are "

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel.errors import ConfigError
-from bilevel.optim import OPTIMIZERS, default_update, update_of
+from bilevel.optim import OPTIMIZERS, default_update, pulled_linear, update_of
 from tests.bilevel.strategies import DOUBLE, forall
 
 betas = st.tuples(st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.5, 0.9, 0.999]))
@@ -262,3 +262,27 @@ def test_options_that_would_be_lost_are_refused() -> None:
         update_of(optimizer, params)
     handle.remove()
     update_of(optimizer, params)
+
+
+@forall(60, chosen=optimizers, number=st.integers(0, 2**31), steps=st.integers(0, 2))
+def test_linear_updates_are_pulled_back_as_autograd_does(
+    chosen: tuple[Any, dict[str, Any]], number: int, steps: int
+) -> None:
+    kind, extra = chosen
+    params, generator = parameters(number)
+    optimizer = kind(params, **extra)
+    for _ in range(steps):
+        for p, grad in zip(params, gradients(params, generator), strict=True):
+            p.grad = grad
+        optimizer.step()
+    update, memory = update_of(optimizer, params)
+    inputs = [part.detach().requires_grad_() for part in (*params, *gradients(params, generator), *memory)]
+    count = len(params)
+    new_params, new_memory = update(tuple(inputs[:count]), tuple(inputs[count : 2 * count]), tuple(inputs[2 * count :]))
+    bars = [torch.randn(part.shape, generator=generator, dtype=DOUBLE) for part in (*new_params, *new_memory)]
+    found = pulled_linear(update, tuple(bars[:count]), tuple(bars[count:]))
+    assert (found is not None) == (kind is torch.optim.SGD)
+    if found is not None:
+        expected = torch.autograd.grad((*new_params, *new_memory), inputs, bars, allow_unused=True)
+        for ours, theirs in zip((*found[0], *found[1], *found[2]), expected, strict=True):
+            torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
