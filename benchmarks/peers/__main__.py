@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(names)}; all without any")
     parser.add_argument("--libraries", nargs="+", choices=tuple(LIBRARIES), default=list(LIBRARIES))
     parser.add_argument("--methods", nargs="+", help="only these rows: keys of the workloads' METHODS")
-    parser.add_argument("--size", choices=("small", "full"), default="full")
+    parser.add_argument("--size", default="full", help="a key of the workload's SIZES: small, full, …")
     parser.add_argument("--rounds", type=int, default=15, help="turns that every library has")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

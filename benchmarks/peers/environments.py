@@ -42,9 +42,18 @@ class Library:
 
 BETTY = ("--no-deps", "--ignore-requires-python", "betty-ml==0.2.1")
 BOAT = ("--no-deps", "boat-torch==1.1.1")
-LEARN2LEARN = ("--no-deps", "--no-build-isolation", "learn2learn==0.2.0")
+# Its C files were made by a Cython that Python 3.11 has outlived: build_ext makes them again. Importing all of it needs
+# gym and torchvision besides, so its sides import the parts that they use.
+LEARN2LEARN = (
+    ("cython", "wheel"),
+    (
+        *("--no-deps", "--no-build-isolation", "--use-pep517", "--config-settings=--build-option=build_ext"),
+        "learn2learn==0.2.0",
+    ),
+)
 LIBRARIES = {
     "hand": Library("by hand", "torch", ("torch",)),
+    "vmap": Library("by hand, vmap", "torch", ("torch",)),
     "bilevel": Library("bilevel", "bilevel", ("bilevel",)),
     "peft": Library("PEFT", "peft", ("peft",)),
     "betty": Library("Betty", "betty", ("betty-ml",), (BETTY, ("tqdm", "packaging"))),
@@ -53,16 +62,7 @@ LIBRARIES = {
     "boat": Library(
         "BOAT", "boat_torch", ("boat-torch",), (("--no-deps", "boat-torch==1.1.1"), ("higher==0.2.1", "matplotlib"))
     ),
-    "learn2learn": Library(
-        "learn2learn",
-        "learn2learn",
-        ("learn2learn",),
-        (
-            ("cython", "wheel"),
-            ("--no-deps", "--no-build-isolation", "learn2learn==0.2.0"),
-            ("tqdm", "requests", "scipy"),
-        ),
-    ),
+    "learn2learn": Library("learn2learn", "torch", ("learn2learn",), LEARN2LEARN),
     "jaxopt": Library("JAXopt", "jaxopt", ("jax", "jaxopt"), (("jax==0.10.2", "jaxlib==0.10.2", "jaxopt==0.8.5"),)),
 }
 

@@ -5,7 +5,7 @@ A workload is a module ``workloads/NAME.py`` with
     TITLE, ABOUT              text for the page
     SIZES                     {"small": …, "full": …}, whatever the functions below read
     METHODS                   {key: Method}: the rows of its table
-    LOCAL                     optional: libraries that need nothing beyond the calling interpreter
+    ROWS                      optional: {size: keys of METHODS} where a size has not all of them
     data(size, folder)        (arrays by name, what they are): called once, in the parent; NumPy only
     task(arrays, size, device, dtype)        what every side gets, a :class:`Task` or a class of the workload's own
     reference(arrays, size, method)          a :class:`Reference`, in float64, by plain torch; called in the parent

@@ -34,7 +34,10 @@ class Library(Side):
         optimizers = KeepingSGD(modules[0], lr=task.outer_rate), torch.optim.SGD(modules[1], lr=task.rate)
         batch = [(torch.zeros(()),)]
         config, self.note = settings(method, task.steps)
-        self.outer = Outer("outer", Config(log_step=-1), modules[0], optimizers[0], None, batch)
+        outer_config = Config(log_step=-1, retain_graph=task.direct)
+        if task.direct:
+            self.note = "an outer loss that depends on its own parameters needs retain_graph=True, or it crashes"
+        self.outer = Outer("outer", outer_config, modules[0], optimizers[0], None, batch)
         inner = Inner("inner", config, modules[1], optimizers[1], None, batch)
         edges = {"u2l": {self.outer: [inner]}, "l2u": {inner: [self.outer]}}
         device = "gpu" if task.inner[0].is_cuda else "cpu"

@@ -26,8 +26,11 @@ class Loop(Side):
         task = self.task
         for _ in range(task.steps):
             move(self.w, -task.rate, torch.autograd.grad(task.inner_loss(self.w, self.lam), self.w))
-        v = torch.autograd.grad(task.outer_loss(self.w, self.lam), self.w)
-        self.found = [-part for part in self.mixed(v)]
+        inputs = [*self.w, *self.lam] if task.direct else self.w
+        both = torch.autograd.grad(task.outer_loss(self.w, self.lam), inputs)
+        self.found = [-part for part in self.mixed(both[: len(self.w)])]
+        if task.direct:
+            self.found = [a + b for a, b in zip(self.found, both[len(self.w) :], strict=True)]
         move(self.lam, -task.outer_rate, self.found)
 
     def mixed(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
