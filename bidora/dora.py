@@ -190,7 +190,9 @@ class ExactDoraVariant(DoraLinearVariant):
         drops = module.training and not isinstance(dropout, nn.Identity)
         base = _base_layer(module)
         if self._is_fused(module, drops, x, weight, *factors, base.bias, result):
-            return dora_linear(x, weight, *factors, scaling, base.bias, base_result=result, kernels="fused")
+            return fused_dora_linear(
+                x.to(weight.dtype), weight, *factors, scaling, base.bias, result, reference=_torch_dora_linear
+            )
         squared_norm = _squared_norm(module, accumulation_dtype(weight, *factors))
         if drops:
             return dora_linear_with_dropout(

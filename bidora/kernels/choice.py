@@ -20,6 +20,9 @@ MAX_RANK = 64
 """Of the Triton kernels: one program holds the Gram matrix AAᵀ."""
 
 
+_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
 def check_kernels(kernels: str) -> None:
     """Raises ``UnknownNameError`` unless this is one of :data:`Kernels`."""
     if kernels not in get_args(Kernels):
@@ -66,26 +69,28 @@ def obstacle(
     """Returns why a layer cannot be fused, or None. Looks at no values."""
     if torch.compiler.is_compiling():
         return "torch.compile fuses the torch operations itself"
-    tensors = [t for t in (x, weight, lora_A, lora_B, magnitude, bias, base_result) if t is not None]
-    if forward_ad._current_level >= 0 or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func, or forward-mode differentiation, is at work"
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter):
+    device, dtype = weight.device, weight.dtype
+    for tensor in (x, weight, lora_A, lora_B, magnitude, bias, base_result):
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return f"a tensor is of type {type(tensor).__name__}"
-        if tensor.device != weight.device:
-            return f"a tensor is on {tensor.device} and the weight on {weight.device}"
+        if tensor.device != device:
+            return f"a tensor is on {tensor.device} and the weight on {device}"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "the base layer's parameters require gradients"
-    dtype = weight.dtype
-    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+    if dtype not in _DTYPES:
         return f"the range of {dtype} is too small to keep an output whose magnitude is 0"
-    if torch.is_autocast_enabled(weight.device.type) and torch.get_autocast_dtype(weight.device.type) != dtype:
-        return f"autocast computes in {torch.get_autocast_dtype(weight.device.type)} and the weight is {dtype}"
+    kind = device.type
+    if kind not in ("cpu", "cuda"):
+        return f"there are no kernels for {kind}"
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+        return f"autocast computes in {torch.get_autocast_dtype(kind)} and the weight is {dtype}"
     if base_result is not None and base_result.dtype != dtype:
         return f"the base result is {base_result.dtype} and the weight {dtype}"
-    if weight.device.type not in ("cpu", "cuda"):
-        return f"there are no kernels for {weight.device.type}"
-    return _triton_obstacle(weight, lora_A.shape[0]) if weight.is_cuda else None
+    return _triton_obstacle(weight, lora_A.shape[0]) if kind == "cuda" else None
 
 
 def _triton_obstacle(weight: Tensor, rank: int) -> str | None:

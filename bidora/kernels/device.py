@@ -96,7 +96,7 @@ def row_scale_kernel(
 
 @triton.jit
 def combine_kernel(
-    base, hidden, factor, scale, bias, out, n, rows, rank, scaling,
+    base, hidden, factor, stats, bias, out, n, rows, rank, scaling,
     N: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Writes ``g ⊙ (base + s·hidden factorᵀ) + (1 − g) ⊙ bias``: base is read once, out written once."""
@@ -109,7 +109,7 @@ def combine_kernel(
     z = tl.load(base + at, mask=mask, other=0.0)
     h = tl.load(hidden + i[:, None] * rank + q[None, :], mask=there[:, None] & known[None, :], other=0.0)
     b = tl.load(factor + row[:, None] * rank + q[None, :], mask=inside[:, None] & known[None, :], other=0.0)
-    g = tl.load(scale + row, mask=inside, other=0.0)
+    g = tl.load(stats + row, mask=inside, other=0.0)
     y = g[None, :] * (z.to(tl.float32) + scaling * tl.dot(h, tl.trans(b)))
     if BIAS:
         shift = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
@@ -119,70 +119,87 @@ def combine_kernel(
 
 @triton.jit
 def scale_cotangent_kernel(
-    cotangent, kept, hidden, factor, scale, bias, out, parts, n, rows, rank, scaling,
-    N: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, SUMS: tl.constexpr, BASE: tl.constexpr, BIAS: tl.constexpr,
+    cotangent, kept, hidden, factor, stats, bias, out, parts, through, n, rows, rank, scaling,
+    N: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
+    SUMS: tl.constexpr, BASE: tl.constexpr, BIAS: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``g ⊙ dy`` and the column sums of ``dy ⊙ z`` over N rows: dy and the kept tensor are read once."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    i = tl.program_id(1) * N + tl.arange(0, N)
-    inside, there = row < rows, i < n
-    at = i[:, None].to(tl.int64) * rows + row[None, :]
-    mask = there[:, None] & inside[None, :]
-    dy = tl.load(cotangent + at, mask=mask, other=0.0)
-    g = tl.load(scale + row, mask=inside, other=0.0)
-    wide = dy.to(tl.float32)
-    tl.store(out + at, (wide * g[None, :]).to(dy.dtype), mask=mask)
-    if SUMS:
-        z = tl.load(kept + at, mask=mask, other=0.0).to(tl.float32)
-        if BASE:
-            q = tl.arange(0, RANK)
-            known = q < rank
-            h = tl.load(hidden + i[:, None] * rank + q[None, :], mask=there[:, None] & known[None, :], other=0.0)
+    """Writes ``dz = g ⊙ dy``, ``dz factor`` and the column sums of ``dy ⊙ z`` over N rows: one pass over dy and z."""
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    q = tl.arange(0, RANK)
+    there, known = i < n, q < rank
+    start_of_row = i[:, None].to(tl.int64) * rows
+    total = tl.zeros((N, RANK), tl.float32)
+    if BASE:
+        h = tl.load(hidden + i[:, None] * rank + q[None, :], mask=there[:, None] & known[None, :], other=0.0)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = row < rows
+        at = start_of_row + row[None, :]
+        mask = there[:, None] & inside[None, :]
+        dy = tl.load(cotangent + at, mask=mask, other=0.0)
+        g = tl.load(stats + row, mask=inside, other=0.0)
+        wide = dy.to(tl.float32)
+        dz = (wide * g[None, :]).to(dy.dtype)
+        tl.store(out + at, dz, mask=mask)
+        if THROUGH or BASE:
             b = tl.load(factor + row[:, None] * rank + q[None, :], mask=inside[:, None] & known[None, :], other=0.0)
-            z += scaling * tl.dot(h, tl.trans(b))
-            if BIAS:
-                z -= tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
-        else:
-            z *= tl.where(g == 0.0, 0.0, 1.0 / tl.where(g == 0.0, 1.0, g))[None, :]
-        tl.store(parts + tl.program_id(1) * rows + row, tl.sum(wide * z, 0), mask=inside)
+        if THROUGH:
+            total = tl.dot(dz, b, total)
+        if SUMS:
+            z = tl.load(kept + at, mask=mask, other=0.0).to(tl.float32)
+            if BASE:
+                z += scaling * tl.dot(h, tl.trans(b))
+                if BIAS:
+                    z -= tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None, :]
+            else:
+                z *= tl.where(g == 0.0, 0.0, 1.0 / tl.where(g == 0.0, 1.0, g))[None, :]
+            tl.store(parts + tl.program_id(0) * rows + row, tl.sum(wide * z, 0), mask=inside)
+    if THROUGH:
+        at = through + i[:, None] * rank + q[None, :]
+        tl.store(at, total.to(through.dtype.element_ty), mask=there[:, None] & known[None, :])
 
 
 @triton.jit
 def norm_cotangent_kernel(
-    parts, inverse, magnitude, lora_B, gradient, coefficient, weighted, num_parts, rows, rank, padded,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, FACTORS: tl.constexpr,
+    parts, stats, magnitude, lora_B, gradient, coefficient, gram, cotangents, offset, num_parts, rows, rank, padded,
+    ROWS: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dm, k and ``(k ⊙ B)ᵀ``."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
+    """Writes dm, k, ``(k ⊙ B)ᵀ`` below ``offset`` rows of cotangents, and this program's part of ``(k ⊙ B)ᵀB``."""
+    q = tl.arange(0, RANK)
     part = tl.arange(0, PARTS)
-    sums = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, num_parts, PARTS):
-        index = start + part
-        mask = (index < num_parts)[:, None] & inside[None, :]
-        sums += tl.sum(tl.load(parts + index[:, None] * rows + row[None, :], mask=mask, other=0.0), 0)
-    reciprocal = tl.load(inverse + row, mask=inside, other=0.0)
-    dm = sums * reciprocal
-    k = -0.5 * dm * tl.load(magnitude + row, mask=inside, other=0.0).to(tl.float32) * reciprocal * reciprocal
-    tl.store(gradient + row, dm.to(gradient.dtype.element_ty), mask=inside)
-    tl.store(coefficient + row, k, mask=inside)
+    total = tl.zeros((RANK, RANK), tl.float32)
+    for turn in range(TURNS):
+        row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        sums = tl.zeros((PARTS, ROWS), tl.float32)
+        for start in range(0, num_parts, PARTS):
+            index = start + part
+            mask = (index < num_parts)[:, None] & inside[None, :]
+            sums += tl.load(parts + index[:, None] * rows + row[None, :], mask=mask, other=0.0)
+        inverse = tl.load(stats + rows + row, mask=inside, other=0.0)
+        dm = tl.sum(sums, 0) * inverse
+        k = -0.5 * dm * tl.load(magnitude + row, mask=inside, other=0.0).to(tl.float32) * inverse * inverse
+        tl.store(gradient + row, dm.to(gradient.dtype.element_ty), mask=inside)
+        tl.store(coefficient + row, k, mask=inside)
+        if FACTORS:
+            known = inside[:, None] & (q < rank)[None, :]
+            b = tl.load(lora_B + row[:, None] * rank + q[None, :], mask=known, other=0.0).to(tl.float32)
+            kb = tl.trans(k[:, None] * b)
+            at = (offset + q[:, None]).to(tl.int64) * rows + row[None, :]
+            mask = (q < padded)[:, None] & inside[None, :]
+            tl.store(cotangents + at, kb.to(cotangents.dtype.element_ty), mask=mask)
+            total = tl.dot(kb, b, total, input_precision="tf32x3")
     if FACTORS:
-        q = tl.arange(0, RANK)
-        b = tl.load(lora_B + row[:, None] * rank + q[None, :], mask=inside[:, None] & (q < rank)[None, :], other=0.0)
-        b = b.to(tl.float32)
-        kb = tl.trans(k[:, None] * b)
-        tl.store(
-            weighted + q[:, None].to(tl.int64) * rows + row[None, :],
-            kb.to(weighted.dtype.element_ty),
-            mask=(q < padded)[:, None] & inside[None, :],
-        )
+        at = gram + tl.program_id(0) * rank * rank + q[:, None] * rank + q[None, :]
+        tl.store(at, total, mask=(q < rank)[:, None] & (q < rank)[None, :])
 
 
 @triton.jit
 def factor_gradients_kernel(
-    product_A, product_B, through_weight, gram, coefficient, projection, lora_A, gradient_A, gradient_B,
-    rows, columns, rank, scaling, programs_A,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    product_A, product_B, through_weight, offset, gram, coefficient, projection, lora_A, gradient_A, gradient_B,
+    num_parts, rows, columns, rank, width, scaling, programs_A,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The first programs write ``s·product_A + 2s·(through_weight + s·gram A)``, the others dB."""
     program = tl.program_id(0)
@@ -192,15 +209,20 @@ def factor_gradients_kernel(
         if program < programs_A:
             column = program * COLUMNS + tl.arange(0, COLUMNS)
             there = column < columns
-            square = tl.load(
-                gram + q[:, None] * rank + q[None, :], mask=known[:, None] & known[None, :], other=0.0
-            ).to(tl.float32)  # fmt: skip
+            total = tl.zeros((RANK, RANK), tl.float32)
+            square = q[:, None] * rank + q[None, :]
+            for part in range(num_parts):
+                total += tl.load(gram + part * rank * rank + square, mask=known[:, None] & known[None, :], other=0.0)
             at = q[:, None] * columns + column[None, :]
             mask = known[:, None] & there[None, :]
             a = tl.load(lora_A + at, mask=mask, other=0.0).to(tl.float32)
-            through = tl.load(through_weight + at, mask=mask, other=0.0).to(tl.float32)
-            through += scaling * tl.dot(square, a, input_precision="tf32x3")
-            value = scaling * tl.load(product_A + at, mask=mask, other=0.0).to(tl.float32) + 2 * scaling * through
+            weighted = (offset + q[:, None]).to(tl.int64) * columns + column[None, :]
+            through = tl.load(through_weight + weighted, mask=mask, other=0.0).to(tl.float32)
+            through += scaling * tl.dot(total, a, input_precision="tf32x3")
+            value = tl.load(product_A + at, mask=mask, other=0.0).to(tl.float32)
+            if SPLIT:
+                value += tl.load(product_A + 2 * rank * columns + at, mask=mask, other=0.0).to(tl.float32)
+            value = scaling * value + 2 * scaling * through
             tl.store(gradient_A + at, value.to(gradient_A.dtype.element_ty), mask=mask)
     if HAS_B:  # noqa: SIM102
         if program >= programs_A:
@@ -209,6 +231,9 @@ def factor_gradients_kernel(
             at = row[:, None] * rank + q[None, :]
             mask = inside[:, None] & known[None, :]
             k = tl.load(coefficient + row, mask=inside, other=0.0)
-            value = scaling * tl.load(product_B + at, mask=mask, other=0.0).to(tl.float32)
-            value += 2 * scaling * k[:, None] * tl.load(projection + at, mask=mask, other=0.0)
+            wide = product_B + row[:, None] * width + q[None, :]
+            value = tl.load(wide, mask=mask, other=0.0).to(tl.float32)
+            if SPLIT:
+                value += tl.load(wide + rank, mask=mask, other=0.0).to(tl.float32)
+            value = scaling * value + 2 * scaling * k[:, None] * tl.load(projection + at, mask=mask, other=0.0)
             tl.store(gradient_B + at, value.to(gradient_B.dtype.element_ty), mask=mask)

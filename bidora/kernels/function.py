@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bidora.kernels.plain import PlainKernels, RowScale, split_factors
+from bidora.kernels.plain import PlainKernels, split_factors
 
 __all__ = ["Reference", "fused_dora_linear"]
 
@@ -63,13 +63,27 @@ def fused_dora_linear(
     """
     # Autocast is a licence to round factors as well; without it wide ones keep their precision.
     split = lora_A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
-    differentiated = torch.is_grad_enabled()
-    y: Tensor = _DoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, lora_A, lora_B, magnitude, scaling, bias, base_result.detach(),
-        kernels or _kernels(x.device.type), split, reference,
-        differentiated,
+    device = x.device
+    rest = _Settings(
+        float(scaling), kernels or _kernels(device.type), split, reference, torch.is_grad_enabled(),
+        (device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)),
     )  # fmt: skip
+    arguments = (x, weight, lora_A, lora_B, magnitude, bias, base_result.detach(), rest)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton starts kernels on the current one
+            y: Tensor = _DoraLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+            return y
+    y = _DoraLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return y
+
+
+class _Settings(NamedTuple):
+    scaling: float
+    kernels: type[PlainKernels]
+    split: bool
+    reference: Reference
+    differentiated: bool
+    autocast: tuple[str, torch.dtype, bool]
 
 
 def _kernels(device: str) -> type[PlainKernels]:
@@ -89,34 +103,42 @@ class _DoraLinear(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         magnitude: Tensor,
-        scaling: float,
         bias: Tensor | None,
         base_result: Tensor,
-        kernels: type[PlainKernels],
-        split: bool,
-        reference: Reference,
-        differentiated: bool,
+        rest: _Settings,
     ) -> Tensor:
+        scaling, kernels, split, _, differentiated, _ = rest
         _, _, needs_A, needs_B, needs_m, *_ = ctx.needs_input_grad
         needs_factors = differentiated and (needs_A or needs_B)
         needs_sums = needs_factors or (differentiated and needs_m)
         base = base_result.contiguous()
         A, B = split_factors(lora_A, lora_B, x.dtype, split)
-        hidden = x.reshape(-1, x.shape[-1]).mm(A.T)
-        scale, inverse, projection = kernels.row_scale(
+        hidden = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).mm(A.T)
+        stats, projection = kernels.row_scale(
             weight, lora_A if split else A, lora_B, magnitude, scaling,
             project=differentiated and needs_B, recoverable=needs_sums and bias is None,
         )  # fmt: skip
-        y = kernels.combine(base, hidden, B, scale, bias, scaling)
+        y = kernels.combine(base, hidden, B, stats, bias, scaling)
         if differentiated:
+            kept = None
+            if needs_sums:
+                kept = y if bias is None else base
+            keeps_hidden = needs_factors or bias is not None
             ctx.save_for_backward(
-                x, weight, lora_A, lora_B, magnitude, bias, A, B, scale, inverse, projection,
-                hidden if needs_factors or bias is not None else None,
-                y if needs_sums and bias is None else None,
-                base if needs_sums and bias is not None else None,
-            )  # fmt: skip
-            ctx.scaling, ctx.kernels, ctx.split, ctx.reference = scaling, kernels, split, reference
-            ctx.autocast = _autocast_state(x.device.type)
+                x,
+                weight,
+                lora_A,
+                lora_B,
+                magnitude,
+                bias,
+                A,
+                B,
+                stats,
+                projection,
+                hidden if keeps_hidden else None,
+                kept,
+            )
+            ctx.rest = rest
         return y
 
     @staticmethod
@@ -126,63 +148,50 @@ class _DoraLinear(torch.autograd.Function):
             x, A, B, m = _graph_gradients(ctx, gradient, wanted)
         else:
             x, A, B, m = _gradients(ctx, gradient, *wanted)
-        return x, None, A, B, m, None, None, None, None, None, None, None
+        return x, None, A, B, m, None, None, None
 
 
 def _gradients(
     ctx: Any, gradient: Tensor, needs_x: bool, needs_A: bool, needs_B: bool, needs_m: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    x, weight, lora_A, lora_B, magnitude, bias, A, B, scale, inverse, projection, hidden, y, base = ctx.saved_tensors
-    kernels, s, rank = ctx.kernels, ctx.scaling, lora_A.shape[0]
-    dy = gradient.reshape(-1, gradient.shape[-1]).contiguous()
-    n, more = len(dy), -(-rank // _NORM_ROWS) * _NORM_ROWS if needs_A else 0
-
-    cotangents = dy.new_empty(n + more, dy.shape[1])
-    dz, weighted = cotangents[:n], cotangents[n:]
-    y, base = (None if t is None else t.view(dy.shape) for t in (y, base))
-    parts = kernels.scale_cotangent(dy, y, base, hidden, B, scale, bias, s, cotangents)
-    dx = dA = dB = dm = k = gram = through_weight = None
+    x, weight, lora_A, lora_B, magnitude, bias, A, B, stats, projection, hidden, kept = ctx.saved_tensors
+    s, kernels, split, *_ = ctx.rest
+    rows, rank = stats.shape[1], lora_A.shape[0]
+    dy = gradient.reshape(-1, rows).contiguous()
+    n = dy.shape[0]
+    if kept is not None:
+        kept = kept.view(n, rows)
+    cotangents = dy.new_empty(n + (-(-rank // _NORM_ROWS) * _NORM_ROWS if needs_A else 0), rows)
+    parts, dh = kernels.scale_cotangent(
+        dy, kept, hidden, B, stats, bias, s, cotangents, from_base=bias is not None, through=needs_x or needs_A
+    )
+    dx = dA = dB = dm = k = gram = product = None
     if parts is not None:
-        dm, k = kernels.norm_cotangent(parts, inverse, magnitude, lora_B, weighted if needs_A else None)
+        dm, k, gram = kernels.norm_cotangent(parts, stats, magnitude, lora_B, cotangents, n, needs_A)
     if needs_x:
         product = cotangents.mm(weight)
-        dx, through_weight = product[:n], product[n:]
+        dx = (product[:n] if needs_A else product).addmm_(dh, A, alpha=s).view(x.shape)
     elif needs_A:
-        through_weight = weighted.mm(weight)
-    if needs_x or needs_A:
-        dh = dz.mm(B)
-        if dx is not None:
-            dx = dx.addmm_(dh, A, alpha=s).view(x.shape)
-        if needs_A:
-            gram = weighted[:rank].mm(B[:, :rank])
-            dA = _joined(dh.T.mm(x.reshape(-1, x.shape[-1])), rank, (0, 2), 0, ctx.split)
+        product = cotangents[n:].mm(weight)
+    if needs_A:
+        assert dh is not None
+        dA = dh.T.mm(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
     if needs_B:
-        dB = _joined(dz.T.mm(hidden), rank, (0, 1), 1, ctx.split)
+        dB = (cotangents[:n] if needs_A else cotangents).T.mm(hidden)
     if k is not None and (needs_A or needs_B):
-        row_scale = RowScale(scale, inverse, projection)
-        dA, dB = kernels.factor_gradients(dA, dB, through_weight, gram, k, row_scale, lora_A, lora_B, s)
-    return dx, dA, dB, dm.to(magnitude.dtype) if needs_m and dm is not None else None
-
-
-def _joined(product: Tensor, rank: int, which: tuple[int, int], dim: int, split: bool) -> Tensor:
-    """Returns the derivative in a factor from those in the columns or rows that hold its parts."""
-    if not split:
-        return product
-    first, second = (product.narrow(dim, part * rank, rank) for part in which)
-    return first + second
+        dA, dB = kernels.factor_gradients(
+            dA, dB, product, n if needs_x else 0, gram, k, projection, lora_A, lora_B, s, split
+        )
+    return dx, dA, dB, dm if needs_m else None
 
 
 def _graph_gradients(ctx: Any, gradient: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
     x, weight, lora_A, lora_B, magnitude, bias, *_ = ctx.saved_tensors
     # Of one another they may be functions, as x is of a lower layer's A: these views are not.
     inputs = [t.view_as(t) for t in (x, lora_A, lora_B, magnitude)]
-    device, dtype, enabled = ctx.autocast
+    device, dtype, enabled = ctx.rest.autocast
     with torch.autocast(device, dtype=dtype, enabled=enabled):
-        y = ctx.reference(inputs[0], weight, *inputs[1:], ctx.scaling, bias)
+        y = ctx.rest.reference(inputs[0], weight, *inputs[1:], ctx.rest.scaling, bias)
     needed = [t for t, want in zip(inputs, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(y, needed, gradient.to(y.dtype), create_graph=True))
     return [next(found) if want else None for want in wanted]
-
-
-def _autocast_state(device: str) -> tuple[str, torch.dtype, bool]:
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)

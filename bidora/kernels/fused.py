@@ -3,7 +3,10 @@
 # ruff: noqa: D102 (the overridden methods are documented)
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
 from bidora.kernels import device
@@ -11,6 +14,41 @@ from bidora.kernels.plain import SMALLEST_SCALE, PlainKernels, RowScale
 from bidora.norm import ILL_CONDITIONED, zero_norm
 
 __all__ = ["FusedKernels"]
+
+_ZERO = zero_norm(torch.float32) ** 2
+
+# Compiled kernels take all arguments in their order from this version on.
+_DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+
+class _Launcher:
+    """Starts a Triton kernel without Triton's own look at every argument, which takes longer than the start itself.
+
+    What Triton specialises a kernel to is the dtype and the alignment of addresses, and which integers are 1 or
+    divisible by 16. The caller's key has the dtypes and those integers; unaligned addresses go Triton's way.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[object, Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], key: object, arguments: tuple[Any, ...], num_warps: int, num_stages: int = 3
+    ) -> None:
+        compiled = self.compiled.get(key) if key is not None else None
+        if compiled is not None:
+            compiled[grid](*arguments)
+            return
+        compiled = self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+        if key is not None and _DIRECT and hasattr(compiled, "packed_metadata"):
+            self.compiled[key] = compiled
+
+
+_row_scale = _Launcher(device.row_scale_kernel)
+_combine = _Launcher(device.combine_kernel)
+_scale_cotangent = _Launcher(device.scale_cotangent_kernel)
+_norm_cotangent = _Launcher(device.norm_cotangent_kernel)
+_factor_gradients = _Launcher(device.factor_gradients_kernel)
 
 
 class FusedKernels(PlainKernels):
@@ -28,97 +66,156 @@ class FusedKernels(PlainKernels):
         recoverable: bool,
     ) -> RowScale:
         rows, columns = weight.shape
-        rank = lora_A.shape[0]
-        out = torch.empty(2, rows, dtype=torch.float32, device=weight.device)
+        rank, split = lora_A.shape[0], lora_A.dtype != weight.dtype
+        stats = torch.empty(2, rows, dtype=torch.float32, device=weight.device)
         projection = torch.empty(rows, rank, dtype=torch.float32, device=weight.device) if project else None
+        stride_row, stride_column = weight.stride()
         tile = 64 if rows > 2048 else 16
-        zero = zero_norm(torch.float32) ** 2
-        split = lora_A.dtype != weight.dtype
-        device.row_scale_kernel[(_blocks(rows, tile),)](
-            weight, lora_A, lora_B, magnitude, out, projection, rows, columns, rank, weight.stride(0), weight.stride(1),
-            scaling, zero, ILL_CONDITIONED, SMALLEST_SCALE,
-            ROWS=tile, COLUMNS=128, RANK=_padded(rank), SPLIT=split, PROJECT=project, RECOVERABLE=recoverable,
+        key = None
+        if _aligned(weight, lora_A, lora_B, magnitude):
+            key = (
+                weight.device, weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype,
+                rows, columns, rank, stride_row, stride_column, project, recoverable,
+            )  # fmt: skip
+        _row_scale(
+            (-(-rows // tile), 1, 1), key,
+            (
+                weight, lora_A, lora_B, magnitude, stats, projection, rows, columns, rank, stride_row, stride_column,
+                scaling, _ZERO, ILL_CONDITIONED, SMALLEST_SCALE, tile, 128, _padded(rank), split, project, recoverable,
+            ),
             num_warps=4, num_stages=5 if tile == 64 else 3,
         )  # fmt: skip
-        return RowScale(out[0], out[1], projection)
+        return RowScale(stats, projection)
 
     @staticmethod
-    def combine(base: Tensor, hidden: Tensor, factor: Tensor, scale: Tensor, bias: Tensor | None, s: float) -> Tensor:
+    def combine(base: Tensor, hidden: Tensor, factor: Tensor, stats: Tensor, bias: Tensor | None, s: float) -> Tensor:
         (n, rank), rows = hidden.shape, base.shape[-1]
         out = torch.empty_like(base)
-        device.combine_kernel[(_blocks(rows, 128), _blocks(n, 64))](
-            base, hidden, factor, scale, bias, out, n, rows, rank, s,
-            N=64, ROWS=128, RANK=_padded(rank), BIAS=bias is not None, num_warps=8,
+        key = None
+        if _aligned(base, factor) and (bias is None or _aligned(bias)):
+            key = (base.device, base.dtype, n == 1, n % 16 == 0, rows, rank, None if bias is None else bias.dtype)
+        _combine(
+            (-(-rows // 128), -(-n // 64), 1), key,
+            (base, hidden, factor, stats, bias, out, n, rows, rank, s, 64, 128, _padded(rank), bias is not None),
+            num_warps=8,
         )  # fmt: skip
         return out
 
     @staticmethod
     def scale_cotangent(
         cotangent: Tensor,
-        output: Tensor | None,
-        base: Tensor | None,
-        hidden: Tensor,
+        kept: Tensor | None,
+        hidden: Tensor | None,
         factor: Tensor,
-        scale: Tensor,
+        stats: Tensor,
         bias: Tensor | None,
         s: float,
         out: Tensor,
-    ) -> Tensor | None:
-        n, rows = cotangent.shape
-        rank = factor.shape[1]
-        kept = output if base is None else base
-        parts = None
+        *,
+        from_base: bool,
+        through: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        (n, rows), rank = cotangent.shape, factor.shape[1]
+        tile = 16 if n < 4096 else 32 if n < 8192 else 64
+        blocks = -(-n // tile)
+        parts = dh = None
         if kept is not None:
-            parts = torch.empty(_blocks(n, 64), rows, dtype=torch.float32, device=cotangent.device)
-        device.scale_cotangent_kernel[(_blocks(rows, 128), _blocks(n, 64))](
-            cotangent, kept, hidden, factor, scale, bias, out, parts, n, rows, rank, s,
-            N=64, ROWS=128, RANK=_padded(rank), SUMS=kept is not None, BASE=base is not None, BIAS=bias is not None,
-            num_warps=8,
+            parts = torch.empty(blocks, rows, dtype=torch.float32, device=cotangent.device)
+        if through:
+            dh = torch.empty(n, rank, dtype=factor.dtype, device=cotangent.device)
+        from_base = from_base and kept is not None
+        key = None
+        if _aligned(cotangent, factor) and (kept is None or _aligned(kept)) and (bias is None or _aligned(bias)):
+            key = (
+                cotangent.device, cotangent.dtype, n == 1, n % 16 == 0, tile, rows, rank,
+                None if bias is None else bias.dtype, kept is not None, hidden is not None, from_base, through,
+            )  # fmt: skip
+        padded = _padded(rank)
+        _scale_cotangent(
+            (blocks, 1, 1), key,
+            (
+                cotangent, kept, hidden, factor, stats, bias, out, parts, dh, n, rows, rank, s,
+                tile, 128 if padded <= 64 else 64, padded, kept is not None, from_base, bias is not None, through,
+            ),
+            num_warps=4 if tile < 64 else 8, num_stages=3 if padded <= 64 else 2,
         )  # fmt: skip
-        return parts
+        return parts, dh
 
     @staticmethod
     def norm_cotangent(
-        parts: Tensor, inverse: Tensor, magnitude: Tensor, lora_B: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        (num_parts, size), rank = parts.shape, lora_B.shape[1]
+        parts: Tensor, stats: Tensor, magnitude: Tensor, lora_B: Tensor, cotangents: Tensor, n: int, factors: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        num_parts, rows = parts.shape
+        rank = lora_B.shape[1]
         gradient = torch.empty_like(magnitude)
-        coefficient = torch.empty(size, dtype=torch.float32, device=parts.device)
-        device.norm_cotangent_kernel[(_blocks(size, 64),)](
-            parts, inverse, magnitude, lora_B, gradient, coefficient, rows, num_parts, size, rank,
-            0 if rows is None else len(rows),
-            ROWS=64, PARTS=16, RANK=_padded(rank), FACTORS=rows is not None, num_warps=4,
+        coefficient = torch.empty(rows, dtype=torch.float32, device=parts.device)
+        turns = 4 if factors else 1
+        blocks = -(-rows // (64 * turns))
+        gram = torch.empty(blocks, rank, rank, dtype=torch.float32, device=parts.device) if factors else None
+        padded = cotangents.shape[0] - n
+        key = None
+        if _aligned(magnitude, lora_B):
+            key = (
+                parts.device, cotangents.dtype, magnitude.dtype, lora_B.dtype, rows, rank, factors, padded,
+                n == 1, n % 16 == 0, num_parts == 1, num_parts % 16 == 0,
+            )  # fmt: skip
+        _norm_cotangent(
+            (blocks, 1, 1), key,
+            (
+                parts, stats, magnitude, lora_B, gradient, coefficient, gram, cotangents, n, num_parts, rows, rank,
+                padded, 64, turns, 64, _padded(rank), factors,
+            ),
+            num_warps=4,
         )  # fmt: skip
-        return gradient, coefficient
+        return gradient, coefficient, gram
 
     @staticmethod
     def factor_gradients(
         product_A: Tensor | None,
         product_B: Tensor | None,
         through_weight: Tensor | None,
+        offset: int,
         gram: Tensor | None,
         coefficient: Tensor,
-        row_scale: RowScale,
+        projection: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
         s: float,
+        split: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         (rank, columns), rows = lora_A.shape, lora_B.shape[0]
         dA = None if product_A is None else torch.empty_like(lora_A)
         dB = None if product_B is None else torch.empty_like(lora_B)
-        programs_A = 0 if product_A is None else _blocks(columns, 128)
-        programs_B = 0 if product_B is None else _blocks(rows, 128)
-        device.factor_gradients_kernel[(programs_A + programs_B,)](
-            product_A, product_B, through_weight, gram, coefficient, row_scale.projection, lora_A, dA, dB,
-            rows, columns, rank, s, programs_A,
-            COLUMNS=128, ROWS=128, RANK=_padded(rank), HAS_A=dA is not None, HAS_B=dB is not None, num_warps=4,
+        programs_A = 0 if product_A is None else -(-columns // 128)
+        programs_B = 0 if product_B is None else -(-rows // 128)
+        num_parts = 0 if gram is None else gram.shape[0]
+        key = None
+        if _aligned(lora_A):
+            product = product_B if product_A is None else product_A
+            product_dtype = None if product is None else product.dtype
+            key = (
+                coefficient.device, product_dtype, lora_A.dtype, lora_B.dtype, rows, columns, rank, split,
+                dA is None, dB is None, gram is None, projection is None, offset <= 1, offset % 16 == 0,
+            )  # fmt: skip
+        _factor_gradients(
+            (programs_A + programs_B, 1, 1), key,
+            (
+                product_A, product_B, through_weight, offset, gram, coefficient, projection, lora_A, dA, dB,
+                num_parts, rows, columns, rank, 3 * rank if split else rank, s, programs_A,
+                128, 128, _padded(rank), dA is not None, dB is not None, split,
+            ),
+            num_warps=4,
         )  # fmt: skip
         return dA, dB
 
 
-def _blocks(size: int, tile: int) -> int:
-    return -(-size // tile)
-
-
 def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Returns whether addresses are multiples of 16; those of new tensors are."""
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    return addresses % 16 == 0

@@ -23,10 +23,14 @@ _BLOCK = 1 << 20
 
 
 class RowScale(NamedTuple):
-    """What the norm gives a layer: g = m/‖V‖ and 1/‖V‖ (0 in zero rows), (out,); and VAᵀ (out, r), where wanted."""
+    """What the norm gives a layer.
 
-    scale: Tensor
-    inverse: Tensor
+    Attributes:
+        stats: g = m/‖V‖ and 1/‖V‖ (0 in zero rows), (2, out).
+        projection: VAᵀ, (out, r), where it is wanted.
+    """
+
+    stats: Tensor
     projection: Tensor | None
 
 
@@ -86,11 +90,12 @@ class PlainKernels:
             scale = magnitude.to(dtype) * inverse
             if recoverable:
                 scale = torch.where(zero, 0.0, nonzero_scale(scale))
-        return RowScale(scale, inverse, projection if project else None)
+        return RowScale(torch.stack([scale, inverse]), projection if project else None)
 
     @staticmethod
-    def combine(base: Tensor, hidden: Tensor, factor: Tensor, scale: Tensor, bias: Tensor | None, s: float) -> Tensor:
+    def combine(base: Tensor, hidden: Tensor, factor: Tensor, stats: Tensor, bias: Tensor | None, s: float) -> Tensor:
         """Returns ``y = g ⊙ (base + s·hidden factorᵀ) + (1 − g) ⊙ bias``, (…, out) as base is, and no view."""
+        scale = stats[0]
         with autocast_off(base.device):
             low_rank = hidden.view(*base.shape[:-1], -1) @ factor.T
             wide = torch.add(base, low_rank, alpha=s).to(scale.dtype) * scale
@@ -101,92 +106,117 @@ class PlainKernels:
     @staticmethod
     def scale_cotangent(
         cotangent: Tensor,
-        output: Tensor | None,
-        base: Tensor | None,
-        hidden: Tensor,
+        kept: Tensor | None,
+        hidden: Tensor | None,
         factor: Tensor,
-        scale: Tensor,
+        stats: Tensor,
         bias: Tensor | None,
         s: float,
         out: Tensor,
-    ) -> Tensor | None:
-        """Writes ``g ⊙ dy`` to the first n rows of ``out``, and returns parts that sum to ``dg = Σₙ dy ⊙ z``.
+        *,
+        from_base: bool,
+        through: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Writes ``dz = g ⊙ dy`` to the first n rows of ``out``.
 
-        z, the output before g and bias, comes from the output (no bias): ``y/g``; or from the base's, where given:
-        ``base − bias + s·hidden factorᵀ``. With neither there are no sums.
+        Args:
+            cotangent: dy, (n, out).
+            kept: The output y, of a layer without bias, or the base's output; None if the sums are not wanted.
+            hidden: x Aᵀ, (n, k), for the base's output.
+            factor: B, (out, k).
+            stats: g and 1/‖V‖.
+            bias: (out,), or None.
+            s: The adapter's scaling.
+            out: (≥ n, out).
+            from_base: Whether the base's output was kept. With z, the output before g and bias, z = y/g, or
+                ``z = base − bias + s·hidden factorᵀ``.
+            through: Whether ``dz factor`` is wanted.
 
         Returns:
-            (parts, out), or None.
+            (parts, out), which sum to ``dg = Σₙ dy ⊙ z``; and ``dz factor``, (n, k).
         """
-        with autocast_off(cotangent.device):
-            wide = cotangent.to(scale.dtype)
-            out[: len(cotangent)] = wide * scale
-            if base is not None:
-                z = torch.addmm(base, hidden, factor.T, alpha=s).to(scale.dtype)
-                return (wide * (z if bias is None else z - bias)).sum(0, keepdim=True)
-            if output is not None:
-                return (wide * (output * torch.where(scale == 0, 0.0, 1 / scale))).sum(0, keepdim=True)
-        return None
+        scale, parts, n = stats[0], None, cotangent.shape[0]
+        wide = cotangent.to(scale.dtype)
+        out[:n] = wide * scale
+        if kept is not None:
+            z = kept.to(scale.dtype)
+            if from_base:
+                assert hidden is not None
+                z = z + s * (hidden @ factor.T) if bias is None else z - bias + s * (hidden @ factor.T)
+            else:
+                z = z * torch.where(scale == 0, 0.0, 1 / scale)
+            parts = (wide * z).sum(0, keepdim=True)
+        return parts, out[:n] @ factor if through else None
 
     @staticmethod
     def norm_cotangent(
-        parts: Tensor, inverse: Tensor, magnitude: Tensor, lora_B: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns ``dm = dg/‖V‖`` and ``k = dL/d‖V‖² = −½·dg·m/‖V‖³``.
+        parts: Tensor, stats: Tensor, magnitude: Tensor, lora_B: Tensor, cotangents: Tensor, n: int, factors: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns ``dm = dg/‖V‖``, ``k = dL/d‖V‖² = −½·dg·m/‖V‖³``, and parts that sum to ``(k ⊙ B)ᵀB``.
 
         Args:
             parts: (parts, out), summing to dg.
-            inverse: 1/‖V‖, or 0.
+            stats: g and 1/‖V‖.
             magnitude: m.
             lora_B: B.
-            rows: Where ``(k ⊙ B)ᵀ`` goes, with zeros below: (≥ r, out); None if A needs no gradient.
+            cotangents: Gets ``(k ⊙ B)ᵀ`` below its first n rows, and zeros below that, (≥ n + r, out).
+            n: Rows of the layer's input.
+            factors: Whether A needs a gradient; if not the cotangents are left alone and the parts None.
         """
+        inverse = stats[1]
         gradient = parts.sum(0) * inverse
         coefficient = -0.5 * gradient * magnitude * inverse.square()
-        if rows is not None:
-            rank = lora_B.shape[1]
-            rows[:rank] = (coefficient.unsqueeze(1) * lora_B).T
-            rows[rank:] = 0
-        return gradient, coefficient
+        if not factors:
+            return gradient.to(magnitude.dtype), coefficient, None
+        B = lora_B.to(coefficient.dtype)
+        weighted = (coefficient.unsqueeze(1) * B).T
+        cotangents[n:] = 0
+        cotangents[n : n + len(weighted)] = weighted
+        return gradient.to(magnitude.dtype), coefficient, (weighted @ B).unsqueeze(0)
 
     @staticmethod
     def factor_gradients(
         product_A: Tensor | None,
         product_B: Tensor | None,
         through_weight: Tensor | None,
+        offset: int,
         gram: Tensor | None,
         coefficient: Tensor,
-        row_scale: RowScale,
+        projection: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
         s: float,
+        split: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns the gradients of A and B, in their dtypes, from the products over n; None for those without product.
 
             dA = s·product_A + 2s·(through_weight + s·(k ⊙ B)ᵀB A)        dB = s·product_B + 2s·k ⊙ VAᵀ
 
         Args:
-            product_A: ``(dz B)ᵀ x``, (r, in).
-            product_B: ``dzᵀ (x Aᵀ)``, (out, r).
-            through_weight: ``(k ⊙ B)ᵀ W₀``, (≥ r, in).
-            gram: ``(k ⊙ B)ᵀB``, (r, r).
+            product_A: ``(dz B)ᵀ x``, (k, in).
+            product_B: ``dzᵀ (x Aᵀ)``, (out, k).
+            through_weight: ``(k ⊙ B)ᵀ W₀`` below its first ``offset`` rows, (≥ offset + r, in).
+            offset: Rows to pass over.
+            gram: (parts, r, r), summing to ``(k ⊙ B)ᵀB``.
             coefficient: k.
-            row_scale: What :meth:`row_scale` returned, with the projection.
+            projection: VAᵀ.
             lora_A: A.
             lora_B: B.
             s: The adapter's scaling.
+            split: Whether the products are those of split factors.
         """
-        dtype = coefficient.dtype
+        dtype, rank = coefficient.dtype, lora_A.shape[0]
         dA = dB = None
         if product_A is not None:
             assert through_weight is not None
             assert gram is not None
-            through_norm = through_weight[: len(lora_A)].to(dtype) + s * (gram.to(dtype) @ lora_A.to(dtype))
-            dA = (s * product_A.to(dtype) + (2 * s) * through_norm).to(lora_A.dtype)
+            through_norm = through_weight[offset : offset + rank].to(dtype) + s * (gram.sum(0) @ lora_A.to(dtype))
+            direct = product_A[:rank].to(dtype) + product_A[2 * rank :] if split else product_A.to(dtype)
+            dA = (s * direct + (2 * s) * through_norm).to(lora_A.dtype)
         if product_B is not None:
-            assert row_scale.projection is not None
-            through_norm = coefficient.unsqueeze(1) * row_scale.projection
-            dB = (s * product_B.to(dtype) + (2 * s) * through_norm).to(lora_B.dtype)
+            assert projection is not None
+            direct = product_B[:, :rank].to(dtype) + product_B[:, rank : 2 * rank] if split else product_B.to(dtype)
+            dB = (s * direct + (2 * s) * coefficient.unsqueeze(1) * projection).to(lora_B.dtype)
         return dA, dB
 
 

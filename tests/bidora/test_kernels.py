@@ -158,7 +158,7 @@ def test_differences_of_float32_factors_survive_bfloat16_products():
     A, B, m = (tensors[name].float() for name in ("A", "B", "m"))
     step = 2.0**-10 * A.abs() * torch.randn(A.shape, generator=torch.Generator().manual_seed(1)).sign()
     moved = [PlainKernels.row_scale(weight, a, B, m, SCALING, project=False, recoverable=False) for a in (A, A + step)]
-    difference = moved[1].scale.double() - moved[0].scale.double()
+    difference = moved[1].stats[0].double() - moved[0].stats[0].double()
     scales = []
     for a in (A.double(), A.double() + step.double()):
         V = weight.double() + SCALING * B.double() @ a
@@ -519,14 +519,21 @@ def test_the_gpus_layer_is_fused_and_synchronises_nothing(autocast):
     layer = make_layer(dtype=torch.bfloat16).cuda()
     layer.lora_variant["default"] = ExactDoraVariant()
     x = torch.randn(3, 5, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    mode = torch.cuda.get_sync_debug_mode()
-    for _ in range(2):  # the first call compiles
+    ones = torch.ones(3, 7, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
             y = layer(x)
-            assert "DoraLinear" in type(y.grad_fn).__name__
-        y.backward(torch.ones_like(y))
-        torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode(mode)
+        assert "DoraLinear" in type(y.grad_fn).__name__
+        y.backward(ones)
+
+    step()  # compiles
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @needs_cuda
