@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from bilevel import distributed
 from bilevel.double_backward import second_derivative_errors
-from bilevel.errors import ConfigError, LossError, unknown_name
+from bilevel.errors import BilevelError, ConfigError, LossError, unknown_name
 from bilevel.functional import Evaluate, Objective, dense_gradient, independent, loss_and_outputs, require_finite
 from bilevel.products import GaussNewtonGraph, GradientGraph
 from bilevel.vector import Tensors, promote
@@ -167,13 +167,16 @@ class _Report:
     seconds: float = 0.0
 
     @contextmanager
-    def compiling(self) -> Iterator[None]:
+    def compiling(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
-        finally:
-            self.graphs += 1
-            self.seconds += time.perf_counter() - start
+        except (BilevelError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a compiler raises whatever its parts raise
+            raise _not_compiled(name, error) from error
+        self.graphs += 1
+        self.seconds += time.perf_counter() - start
 
     def __str__(self) -> str:
         new = f": {self.graphs} new graph{'s' * (self.graphs != 1)} in {self.seconds:.1f} s" if self.graphs else ""
@@ -219,9 +222,11 @@ def _capture(objective: Objective, request: _Request) -> None:
         )
     token = _REQUEST.set(request)
     try:
-        with torch.enable_grad(), _without_autocast():
+        with torch.enable_grad():
             value = function(plain.function, plain.arguments, objective.name)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except Exception as error:
+        if not isinstance(error, (torch._dynamo.exc.TorchDynamoException, *_limits())):
+            raise
         raise _not_captured(objective.name, error) from error
     finally:
         _REQUEST.reset(token)
@@ -239,26 +244,38 @@ def _fresh(function: Any) -> FunctionType:
     return FunctionType(code, function.__globals__, function.__name__)
 
 
-def _without_autocast() -> ExitStack:
-    stack = ExitStack()
-    for device in ("cpu", "cuda", "xpu", "mps"):
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
+_NO_LOOKS = (
+    "It must be made of tensor operations, without looking at their values (.item(), an if on a tensor, NumPy). "
+    "Rewrite it, or leave compile out"
+)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _not_compiled(name: str, error: Exception) -> LossError:
+    return LossError(
+        f"compile: the second derivatives of the loss of {name} could not be compiled ({type(error).__name__}: "
+        f"{_first_line(error)}). On the CPU the default back end needs a C++ compiler; compile='aot_eager' "
+        "needs none, and tells whether the fault is in the loss. Or leave compile out"
+    )
+
+
+def _limits() -> tuple[type[Exception], ...]:
+    """What is raised where code was captured as often as is allowed; the name depends on the version."""
+    names = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
+    return tuple(kind for name in names if (kind := getattr(torch._dynamo.exc, name, None)) is not None)
 
 
 def _not_captured(name: str, error: Exception) -> LossError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if "recompile_limit" in str(error) or "cache_size_limit" in str(error):
+    if isinstance(error, _limits()):
         return LossError(
             f"the loss of {name} was captured anew as often as torch.compile allows: some Python value in it, or the "
             "shape of a batch, differs from call to call. Pass numbers that change as tensors, give all batches one "
             "shape (drop_last=True), or leave compile out"
         )
-    return LossError(
-        f"compile: the loss of {name} cannot be captured as one graph ({first}). It must be made of tensor operations, "
-        "without looking at their values (.item(), an if on a tensor, NumPy). Rewrite it, or leave compile out"
-    )
+    return LossError(f"compile: the loss of {name} cannot be captured as one graph ({_first_line(error)}). {_NO_LOOKS}")
 
 
 class _CapturedLoss:
@@ -276,7 +293,7 @@ class _CapturedLoss:
         key = (inner, outer, request.compiler)
         with torch.no_grad():
             if key not in self._derivatives:
-                with request.report.compiling():
+                with request.report.compiling(request.name):
                     _refuse_wrapped(self._module, request.name)
                     self._derivatives[key] = _Derivatives(self._module, inputs, request, inner, outer)
             found = self._derivatives[key]
@@ -320,7 +337,7 @@ class _Derivatives:
         """Returns ``"hessian"``, ``"mixed"``, or ``"both"`` products with q."""
         compiled = self._products.get(kind)
         if compiled is None:
-            with report.compiling():
+            with report.compiling(self._name):
                 module = _restricted(self._product_module, kind, self._num_active)
                 compiled = self._products[kind] = self._compiler(module, [*kept, *q])
         return tuple(compiled(*kept, *q))
@@ -331,7 +348,7 @@ class _Derivatives:
         """Returns a solver's tensors after one more iteration."""
         compiled = self._iterations.get(name)
         if compiled is None:
-            with report.compiling():
+            with report.compiling(self._name):
                 compiled = self._iterations[name] = self._compile_iteration(body, kept, tensors)
         return tuple(compiled(*kept, *tensors))
 
@@ -403,7 +420,7 @@ def _trace(
     example = [*inputs, *(torch.empty_like(part) for part in request.inner)]
     with second_derivative_errors(request.name):
         traced = _make_fx(joint, example)
-    _refuse_random(traced, request.name)
+    _refuse_operations(traced, request.name)
     return traced, found[-1]
 
 
@@ -527,9 +544,12 @@ def _refuse_wrapped(module: fx.GraphModule, name: str) -> None:
             )
 
 
-def _refuse_random(module: fx.GraphModule, name: str) -> None:
+def _refuse_operations(module: fx.GraphModule, name: str) -> None:
     for node in module.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.data_dependent_output in tags:
+            raise LossError(f"compile: the loss of {name} looks at the value of a tensor ({node.target}). {_NO_LOOKS}")
+        if torch.Tag.nondeterministic_seeded in tags:
             raise LossError(
                 f"compile: the loss of {name} draws random numbers ({node.target}), and the products of one solve must "
                 "see the same ones. Draw them outside of the loss and pass them in the batch, turn dropout off "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
     "difference_length",
     "displaced",
     "displacement_error",
+    "full_precision",
     "lost_to_rounding",
 ]
 
@@ -352,6 +354,17 @@ class FieldProducts(GradientGraph):
                 columns.append(torch.cat([piece.reshape(-1).to(torch.float64) for piece in image]))
         self.lost = self._differences.lost
         return torch.stack(columns, dim=1)
+
+
+def full_precision() -> AbstractContextManager[object]:
+    """Turns autocast off, whoever turned it on: passes backward follow it as well as passes forward."""
+    devices = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(device)]
+    if not devices:
+        return nullcontext()
+    stack = ExitStack()
+    for device in devices:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def difference_length(step: float | str, inner: Tensors, size: float | None = None) -> float:

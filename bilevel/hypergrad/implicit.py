@@ -23,6 +23,7 @@ from bilevel.products import (
     GaussNewtonGraph,
     GradientGraph,
     Products,
+    full_precision,
 )
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_number
@@ -178,7 +179,8 @@ class _ImplicitResponse(Response):
             diagonal = None if diagonal is None else promote(products.select(diagonal))
             return solve_adjoint(self.estimator, products, promote(products.select(cotangent)), state, diagonal)
 
-        return with_products(self.estimator, self.problem, solved)
+        with full_precision():
+            return with_products(self.estimator, self.problem, solved)
 
 
 def with_products(estimator: Implicit, problem: InnerProblem, body: Callable[[Products], Pullback]) -> Pullback:

@@ -20,7 +20,7 @@ from bilevel.compiled import check_compile, graph_kind
 from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
 from bilevel.linear import Operator, machine_epsilon, rounding_allowance
-from bilevel.products import DifferenceProducts, Products
+from bilevel.products import DifferenceProducts, Products, full_precision
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_number
 from bilevel.vector import Tensors, axpy, dot, is_finite, norm, promote, subtract, zeros_like
@@ -93,7 +93,10 @@ class _StochasticResponse(Response):
         return self.problem.inner
 
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
-        v = promote(cotangent)
+        with full_precision():
+            return self._pulled(promote(cotangent), state)
+
+    def _pulled(self, v: Tensors, state: State) -> Pullback:
         if len(self.problem.samples) > 1:
             return self.estimator.pull(Batches(self.estimator, self.problem), v, state)
         # One batch for everything: one graph for everything.
