@@ -1,31 +1,39 @@
 """What the engine costs beyond its passes: its time per outer step beside a hand-written torch loop's.
 
-    python benchmarks/overhead.py [--pass-ms 1 10 100] [--rounds 15] [--threads 1] [--cpu-time] [--json]
+    python -m benchmarks.overhead [--pass-ms 0.2 5 20] [--rounds 15] [--threads 1] [--device cpu] [--cpu-time]
+                                  [--json] [--page]
 
 All run in one process, in turns, on the same numbers: an MLP with weighted training examples (inner, SGD), whose
 weights are the outer problem (Adam). Its batch is chosen in the run, so that a forward and backward pass take about the
 milliseconds asked for. The loop does the same passes as the engine, which is asserted; so is that both find the same
 hypergradient, and end with the same parameters. It checks nothing, keeps no copy for a step that fails, and reports
-nothing. Prints a table in Markdown: medians; "without copy" is the ratio with ``restore_on_error=False``.
+nothing. Prints a table in Markdown: medians; "without copy" is the ratio with ``restore_on_error=False``. With
+``--page`` the numbers go to ``benchmarks/results/overhead.json`` and into ``docs/benchmarks/overhead.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import math
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from benchmarks.peers.report import processor
 from bilevel import (
     ConjugateGradient,
     Engine,
@@ -39,12 +47,31 @@ from bilevel import (
 )
 
 INNER_RATE, OUTER_RATE = 0.05, 0.01
-METHODS: tuple[Estimator, ...] = (
-    FiniteDifference(),
-    Identity(),
-    Unrolled(),
-    Neumann(terms=10, step_size=0.1, damping=1.0),
-    ConjugateGradient(max_iterations=5, rtol=0.0, damping=1.0),
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, and how many inner updates an outer step makes."""
+
+    method: Estimator
+    steps: int = 1
+
+    @property
+    def label(self) -> str:
+        if isinstance(self.method, Unrolled):
+            return f"unrolled, {self.method.memory}, {self.steps} step{'s' * (self.steps > 1)}"
+        kept = getattr(self.method, "center", "new") == "old"
+        return f"{self.method.name}, on the graph of the step" if kept else self.method.name
+
+
+CASES: tuple[Case, ...] = (
+    Case(FiniteDifference()),
+    Case(Identity()),
+    Case(Identity(center="old")),
+    Case(Neumann(terms=10, step_size=0.1, damping=1.0)),
+    Case(ConjugateGradient(max_iterations=5, rtol=0.0, damping=1.0)),
+    *(Case(Unrolled(memory=memory), steps) for memory in ("graph", "replay") for steps in (1, 5, 20)),
 )
 # In units in the last place of float32, over sums of some thousand terms.
 TOLERANCE = 1e-3
@@ -62,12 +89,12 @@ class Size:
     hidden: int
 
     @classmethod
-    def taking(cls, milliseconds: float, clock: Callable[[], float]) -> Size:
+    def taking(cls, milliseconds: float, clock: Callable[[], float], device: str) -> Size:
         """Chooses the batch, by measuring, for a network that grows with the time asked for."""
         hidden = 1 << round(math.log2(64 * milliseconds**0.5 + 32))
         batch = 8
         for _ in range(6):
-            found = cls(pass_time(Task.of(cls(0.0, batch, hidden, hidden)), clock), batch, hidden, hidden)
+            found = cls(pass_time(Task.of(cls(0.0, batch, hidden, hidden), device), clock), batch, hidden, hidden)
             if 0.9 < found.pass_ms / milliseconds < 1.1:
                 break
             batch = max(1, round(batch * min(8.0, milliseconds / found.pass_ms)))
@@ -76,7 +103,7 @@ class Size:
 
 def pass_time(task: Task, clock: Callable[[], float]) -> float:
     """Returns the median milliseconds of an inner forward and backward pass."""
-    loop = Loop(task, Identity())
+    loop = Loop(task, Case(Identity()))
     times = []
     for _ in range(9):
         started = clock()
@@ -95,12 +122,15 @@ class Task:
     valid: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, size: Size) -> Task:
+    def of(cls, size: Size, device: str) -> Task:
         torch.manual_seed(0)
         layers = nn.Linear(size.width, size.hidden), nn.Tanh(), nn.Linear(size.hidden, size.hidden), nn.Tanh()
         model = nn.Sequential(*layers, nn.Linear(size.hidden, 10))
-        batches = [(torch.randn(size.batch, size.width), torch.randint(10, (size.batch,))) for _ in range(2)]
-        return cls(model, nn.ParameterDict({"logits": torch.zeros(size.batch)}), *batches)
+        batches = [
+            (torch.randn(size.batch, size.width).to(device), torch.randint(10, (size.batch,)).to(device))
+            for _ in range(2)
+        ]
+        return cls(model.to(device), nn.ParameterDict({"logits": torch.zeros(size.batch)}).to(device), *batches)
 
     def parameters(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.logits.parameters()]
@@ -125,45 +155,61 @@ def adam(params: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=OUTER_RATE)
 
 
-def engine_step(task: Task, method: Estimator, restore: bool, outer: Outer = adam) -> Callable[[], tuple[int, int]]:
+def engine_step(task: Task, case: Case, restore: bool, outer: Outer = adam) -> Callable[[], tuple[int, int]]:
     sgd = lambda params: torch.optim.SGD(params, lr=INNER_RATE)  # noqa: E731
     problems = [
         Cleaner(task.logits, optimizer=outer, data=[task.valid]),
-        Classifier(task.model, optimizer=sgd, data=[task.train]),
+        Classifier(task.model, optimizer=sgd, data=[task.train], steps=case.steps),
     ]
-    engine = Engine(problems, EngineConfig(progress=False, restore_on_error=restore), method)
+    engine = Engine(problems, EngineConfig(progress=False, restore_on_error=restore), case.method)
     return lambda: engine.step().passes
 
 
 class Loop:
     """The same steps, written by hand."""
 
-    def __init__(self, task: Task, method: Estimator, outer: Outer = adam) -> None:
-        self.task, self.method = task, method
+    def __init__(self, task: Task, case: Case, outer: Outer = adam) -> None:
+        self.task, self.method, self.steps = task, case.method, case.steps
+        self.names = [name for name, _ in task.model.named_parameters()]
         self.w: list[Tensor] = list(task.model.parameters())
         self.lam: list[Tensor] = list(task.logits.parameters())
         self.sgd = torch.optim.SGD(self.w, lr=INNER_RATE)
         self.outer = outer(self.lam)
         self.passes = [0, 0]
+        self.keeps = getattr(self.method, "center", "new") == "old" or getattr(self.method, "memory", "") == "graph"
 
     def step(self) -> tuple[int, int]:
         self.passes = [0, 0]
-        before = [part.detach().clone() for part in self.w] if isinstance(self.method, Unrolled) else None
-        for part, grad in zip(self.w, self.grad(self.inner(), self.w), strict=True):
-            part.grad = grad
-        self.sgd.step()
+        record = [self.descend() for _ in range(self.steps)]
         x, y = self.task.valid
         self.passes[0] += 1
         v = self.grad(F.cross_entropy(self.task.model(x), y), self.w)
-        for part, grad in zip(self.lam, self.implicit(v, before), strict=True):
+        for part, grad in zip(self.lam, self.response(v, record), strict=True):
             part.grad = grad
         self.outer.step()
         return self.passes[0], self.passes[1]
 
-    def inner(self) -> Tensor:
+    def descend(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Makes an inner update; returns where from, and the gradient, with its graph where that is wanted."""
+        before: list[Tensor] = []
+        if self.keeps or isinstance(self.method, Unrolled):
+            before = [part.detach().clone() for part in self.w]
+        if self.keeps:
+            before = [part.requires_grad_() for part in before]
+            g = self.grad(self.inner(before), before, create_graph=True)
+        else:
+            g = self.grad(self.inner(), self.w)
+        for part, grad in zip(self.w, g, strict=True):
+            part.grad = grad.detach()
+        self.sgd.step()
+        return before, g
+
+    def inner(self, at: list[Tensor] | None = None) -> Tensor:
         x, y = self.task.train
         self.passes[0] += 1
-        per_example = F.cross_entropy(self.task.model(x), y, reduction="none")
+        model = self.task.model
+        z = model(x) if at is None else functional_call(model, dict(zip(self.names, at, strict=True)), (x,))
+        per_example = F.cross_entropy(z, y, reduction="none")
         return (torch.sigmoid(self.task.logits["logits"]) * per_example).mean()
 
     def grad(
@@ -172,15 +218,13 @@ class Loop:
         self.passes[1] += 1
         return list(torch.autograd.grad(value, inputs, cotangent, **how))
 
-    def implicit(self, v: list[Tensor], before: list[Tensor] | None) -> list[Tensor]:
+    def response(self, v: list[Tensor], record: list[tuple[list[Tensor], list[Tensor]]]) -> list[Tensor]:
         if isinstance(self.method, FiniteDifference):
             return self.differences(v)
-        if before is not None:
-            after = [part.detach().clone() for part in self.w]
-            self.put(before)
-            mixed = self.grad(self.grad(self.inner(), self.w, create_graph=True), self.lam, v)
-            self.put(after)
-            return [-INNER_RATE * part for part in mixed]
+        if isinstance(self.method, Unrolled):
+            return self.unrolled(v, record)
+        if self.keeps:
+            return [-part for part in self.grad(record[-1][1], self.lam, v)]
         g = self.grad(self.inner(), self.w, create_graph=True)
         if isinstance(self.method, Identity):
             return [-part for part in self.grad(g, self.lam, v)]
@@ -191,6 +235,22 @@ class Loop:
             q = self.conjugate_gradient(self.method, g, v)
         both = self.grad(g, self.w + self.lam, q)  # the residual comes with the answer, as in the engine
         return [-part for part in both[len(self.w) :]]
+
+    def unrolled(self, v: list[Tensor], record: list[tuple[list[Tensor], list[Tensor]]]) -> list[Tensor]:
+        total = [torch.zeros_like(part) for part in self.lam]
+        count = len(self.w)
+        for place in reversed(range(len(record))):
+            at, g = record[place]
+            if not self.keeps:
+                at = [part.requires_grad_() for part in at]
+                g = self.grad(self.inner(at), at, create_graph=True)
+            inputs = at + self.lam if place else self.lam  # nothing comes before the first step
+            pulled = self.grad(g, inputs, [-INNER_RATE * part for part in v])
+            if place:
+                v = [a + b for a, b in zip(v, pulled[:count], strict=True)]
+                pulled = pulled[count:]
+            total = [a + b for a, b in zip(total, pulled, strict=True)]
+        return total
 
     def hessian(self, g: list[Tensor], q: list[Tensor]) -> list[Tensor]:
         return self.grad(g, self.w, q, retain_graph=True)
@@ -239,7 +299,7 @@ def inner_product(a: list[Tensor], b: list[Tensor]) -> float:
     return float(sum((x.detach() * y.detach()).sum() for x, y in zip(a, b, strict=True)))
 
 
-def check_hypergradients(start: Task, method: Estimator) -> float:
+def check_hypergradients(start: Task, case: Case) -> float:
     """Returns the relative difference of the loop's and the engine's first hypergradient.
 
     One outer step of SGD with rate 1 from zero logits leaves them at minus the hypergradient.
@@ -247,46 +307,51 @@ def check_hypergradients(start: Task, method: Estimator) -> float:
     found = []
     for contender in (Loop, partial(engine_step, restore=True)):
         task = copy.deepcopy(start)
-        made = contender(task, method, outer=lambda params: torch.optim.SGD(params, lr=1.0))
+        made = contender(task, case, outer=lambda params: torch.optim.SGD(params, lr=1.0))
         made.step() if isinstance(made, Loop) else made()
         found.append(task.logits["logits"].detach())
     difference = float((found[0] - found[1]).norm() / found[0].norm())
-    limit = DIFFERENCE_TOLERANCE if isinstance(method, FiniteDifference) else TOLERANCE
-    assert difference < limit, f"{method}: the loop's and the engine's hypergradients differ by {difference:.1e}"
+    limit = DIFFERENCE_TOLERANCE if isinstance(case.method, FiniteDifference) else TOLERANCE
+    assert difference < limit, f"{case.label}: the loop's and the engine's hypergradients differ by {difference:.1e}"
     return difference
 
 
-def measure(size: Size, method: Estimator, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+def measure(size: Size, case: Case, rounds: int, clock: Callable[[], float], device: str) -> dict[str, Any]:
     """Times the three in turns, and sees that they computed the same."""
-    start = Task.of(size)
+    start = Task.of(size, device)
     tasks = [copy.deepcopy(start) for _ in range(3)]
     contenders = [
-        Loop(tasks[0], method).step,
-        engine_step(tasks[1], method, restore=True),
-        engine_step(tasks[2], method, restore=False),
+        Loop(tasks[0], case).step,
+        engine_step(tasks[1], case, restore=True),
+        engine_step(tasks[2], case, restore=False),
     ]
     passes = {contender() for contender in contenders}
-    assert len(passes) == 1, f"{method}: the loop and the engine take different passes: {passes}"
-    steps = max(1, round(20 / size.pass_ms))
+    assert len(passes) == 1, f"{case.label}: the loop and the engine take different passes: {passes}"
+    steps = max(1, round(20 / size.pass_ms / case.steps))
     times: list[list[float]] = [[], [], []]
-    for _ in range(rounds):
-        for contender, found in zip(contenders, times, strict=True):
+    for turn in range(rounds):
+        order = list(zip(contenders, times, strict=True))
+        for contender, found in order if turn % 2 == 0 else reversed(order):
             started = clock()
             for _ in range(steps):
                 contender()
             found.append((clock() - started) / steps * 1e3)
     drift = agreement(start, tasks[0], tasks[1])
-    assert drift < 1e-2, f"{method}: the loop and the engine end at different parameters ({drift:.1e})"
+    assert drift < 1e-2, f"{case.label}: the loop and the engine end at different parameters ({drift:.1e})"
     loop, engine, bare = times
+    ratios = sorted(b / a for a, b in zip(loop, engine, strict=True))
     return {
         "pass_ms": size.pass_ms,
-        "method": method.name,
+        "batch": size.batch,
+        "width": size.width,
+        "method": case.label,
         "passes": list(passes.pop()),
         "loop_ms": statistics.median(loop),
         "engine_ms": statistics.median(engine),
-        "ratio": statistics.median(b / a for a, b in zip(loop, engine, strict=True)),
+        "ratio": statistics.median(ratios),
+        "quartiles": statistics.quantiles(ratios, n=4)[::2] if rounds > 1 else [ratios[0]] * 2,
         "ratio_without_restore": statistics.median(b / a for a, b in zip(loop, bare, strict=True)),
-        "hypergradient_difference": check_hypergradients(start, method),
+        "hypergradient_difference": check_hypergradients(start, case),
         "difference": drift,
     }
 
@@ -297,28 +362,82 @@ def agreement(start: Task, first: Task, second: Task) -> float:
     return max(float((a - b).detach().norm() / (a - s).detach().norm()) for s, a, b in triples)
 
 
+def keep_memory() -> None:
+    """Lets glibc keep freed memory: giving it back and taking it again costs either side up to a tenth, by chance."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 1 << 30)
+        library.mallopt(trim_threshold, 1 << 30)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    heads = "pass, ms", "method", "passes", "loop, ms a step", "engine, ms a step", "ratio (quartiles)", "without copy"
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        (forward, backward), (low, high) = row["passes"], row["quartiles"]
+        cells = (
+            f"{row['pass_ms']:.2g}",
+            row["method"],
+            f"{forward} + {backward}",
+            f"{row['loop_ms']:.3g}",
+            f"{row['engine_ms']:.3g}",
+            f"{row['ratio']:.2f} ({low:.2f}–{high:.2f})",
+            f"{row['ratio_without_restore']:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def write_page(result: dict[str, Any]) -> None:
+    """Writes the numbers, and the page that shows them."""
+    numbers = ROOT / "benchmarks" / "results" / f"{result['name']}.json"
+    numbers.parent.mkdir(exist_ok=True)
+    numbers.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page = ROOT / "docs" / "benchmarks" / "overhead.md"
+    text = "\n".join([*table(result["rows"]), "", result["source"]])
+    pattern = rf"(<!-- results: {result['name']} -->\n).*?(<!-- end -->)"
+    found, count = re.subn(
+        pattern, lambda match: f"{match[1]}\n{text}\n\n{match[2]}", page.read_text(encoding="utf-8"), flags=re.S
+    )
+    if count != 1:
+        raise ValueError(f"{page.name} has {count} places for the results {result['name']!r}")
+    page.write_text(found, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pass-ms", type=float, nargs="+", default=[1.0, 10.0, 100.0])
+    parser.add_argument("--pass-ms", type=float, nargs="+", default=[0.2, 5.0, 20.0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="steadier where others use the machine too")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--page", action="store_true", help="write the numbers and the page")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    sizes = [Size.taking(milliseconds, clock) for milliseconds in arguments.pass_ms]
-    rows = [measure(size, method, arguments.rounds, clock) for size in sizes for method in METHODS]
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return
-    print("| pass, ms | method | passes | loop, ms a step | engine, ms a step | ratio | without copy |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        forward, backward = row["passes"]
-        numbers = (f"{row[key]:.2f}" for key in ("loop_ms", "engine_ms", "ratio", "ratio_without_restore"))
-        cells = (f"{row['pass_ms']:.1f}", row["method"], f"{forward} + {backward}", *numbers)
-        print(f"| {' | '.join(cells)} |")
+    keep_memory()
+    host_clock = time.process_time if arguments.cpu_time else time.perf_counter
+
+    def clock() -> float:
+        if arguments.device != "cpu":
+            torch.get_device_module(arguments.device.partition(":")[0]).synchronize()
+        return host_clock()
+
+    sizes = [Size.taking(milliseconds, clock, arguments.device) for milliseconds in arguments.pass_ms]
+    rows = [measure(size, case, arguments.rounds, clock, arguments.device) for size in sizes for case in CASES]
+    where = processor() if arguments.device == "cpu" else torch.get_device_module("cuda").get_device_name()
+    command = f"python -m benchmarks.overhead --pass-ms {' '.join(f'{ms:g}' for ms in arguments.pass_ms)}"
+    command += f" --rounds {arguments.rounds} --threads {arguments.threads} --device {arguments.device}"
+    source = (
+        f"`{command}`, {time.strftime('%Y-%m-%d')}, {where}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, {'processor time' if arguments.cpu_time else 'wall clock'}; the allocator keeps freed "
+        "memory for both."
+    )
+    if arguments.page:
+        kind = "" if arguments.device == "cpu" else f"-{arguments.device.partition(':')[0]}"
+        write_page({"name": f"overhead{kind}", "source": source, "rows": rows})
+    print(json.dumps(rows, indent=2) if arguments.json else "\n".join([*table(rows), "", source]))
 
 
 if __name__ == "__main__":
