@@ -73,7 +73,14 @@ PUBLIC = {
     "hypergradient",
     "load_config",
 }
-PUBLIC_MODULES = ("bilevel", "bilevel.errors", "bilevel.callbacks", "bilevel.interop.betty", "bilevel.validation")
+PUBLIC_MODULES = (
+    "bilevel",
+    "bilevel.errors",
+    "bilevel.callbacks",
+    "bilevel.hypergrad",  # what a method or a response of one's own is made of: docs/extending.md
+    "bilevel.interop.betty",
+    "bilevel.validation",
+)
 
 
 def sources(package: str) -> list[Path]:
