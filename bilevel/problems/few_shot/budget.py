@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from bilevel.errors import ConfigError
 
-__all__ = ["Chunking", "Peak", "Trial", "choose", "free_memory", "measured_peak", "timed"]
+__all__ = ["Chunking", "Need", "Peak", "Trial", "choose", "free_memory", "measured_peak", "timed"]
 
 SHARE = 0.5
 """Of the free memory, what is taken where no budget is given."""
-REPEATS = 3
+REPEATS, LEAST_SECONDS = 3, 0.05
+"""A time is measured so often at least, and until this much has been spent on it."""
 SLOWER = 1.3
-"""Larger chunks are not tried once the time of a task is this many times that of the best."""
+"""Larger chunks are not tried once two sizes in turn took this many times the best's time for a task."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Trial:
     Attributes:
         size: Tasks in the chunk.
         seconds: Time of one task's share of an outer step, as far as it depends on the chunk.
-        peak: Bytes, at most, that a chunk takes beside parameters and displacements.
+        peak: Bytes that are held at most, beside parameters and displacements: by a chunk, and by the graphs that the
+            method keeps.
     """
 
     size: int
@@ -79,72 +80,92 @@ class Peak:
     held: int = 0
 
 
+@dataclass(frozen=True)
+class Need:
+    """The memory of a chunk size, in bytes.
+
+    Attributes:
+        chunk: What a chunk takes.
+        total: That, and what is kept beside it.
+    """
+
+    chunk: int
+    total: int
+
+
 def choose(
     count: int,
     budget: int,
-    cost: Callable[[int], int],
+    cost: Callable[[int], Need],
     run: Callable[[int], float],
     given: bool,
     name: str,
 ) -> Chunking:
     """Returns the chunk size of the least time a task among those that stay in the budget.
 
-    Sizes 1, 2, 4, … and M are tried, from below, while their memory, as far as it follows from that of the size before,
-    is in the budget; and are taken where their own is.
+    Sizes 1, 2, 4, … and M are tried, from below, while a chunk's memory, as far as it follows from those before, is in
+    the budget; and are taken where all of their own is.
 
     Args:
         count: M.
         budget: Bytes.
-        cost: Returns the peak memory of a chunk of a size.
-        run: Returns the time of such a chunk.
-        given: Whether the budget is the user's: one that a single task exceeds is then an error.
+        cost: Returns the memory of a size.
+        run: Returns the time of a chunk of a size.
+        given: Whether the budget is the user's.
         name: Whose budget, for messages.
 
     Raises:
-        ConfigError: The user's budget is less than one task takes.
+        ConfigError: Chunks of a single task take more than the budget.
     """
     sizes = [*(1 << power for power in range(count.bit_length()) if 1 << power < count), count]
+    needs: dict[int, int] = {}
     trials: list[Trial] = []
     for size in sizes:
-        if _expected(trials, size) > budget:
+        if _expected(needs, size) > budget:
             break
-        peak = cost(size)
-        if peak > budget:
+        need = cost(size)
+        if need.total > budget:
             if not trials:
-                what = "memory_budget" if given else "half of the free memory"
-                raise ConfigError(
-                    f"{name}: {what} is {budget / 2**20:.1f} MiB, and a single task takes {peak / 2**20:.1f} MiB: "
-                    + ("raise it, or take" if given else "give a larger memory_budget, or take")
-                    + " a smaller network, fewer examples a task, or Unrolled(memory='replay') for memory='graph'"
-                )
+                raise _too_little(budget, need.total, given, name)
             break
-        trials.append(Trial(size, run(size) / size, peak))
-        if trials[-1].seconds > SLOWER * min(trial.seconds for trial in trials):
+        needs[size] = need.chunk
+        trials.append(Trial(size, run(size) / size, need.total))
+        limit = SLOWER * min(trial.seconds for trial in trials)
+        if len(trials) > 1 and all(trial.seconds > limit for trial in trials[-2:]):
             break
     best = min(trials, key=lambda trial: trial.seconds)
     return Chunking(best.size, budget, tuple(trials))
 
 
-def _expected(trials: Sequence[Trial], size: int) -> float:
-    """Returns the memory of a size, as a straight line through the last two that were measured, or through zero."""
-    if not trials:
-        return 0.0
-    last, before = trials[-1], trials[-2] if len(trials) > 1 else Trial(0, 0.0, 0)
-    return last.peak + (size - last.size) * (last.peak - before.peak) / (last.size - before.size)
+def _expected(needs: Mapping[int, int], size: int) -> float:
+    """Returns the memory of a size by a straight line through the last two that are known, or through zero."""
+    (before, low), (last, high) = [(0, 0), (0, 0), *needs.items()][-2:]
+    return high + (size - last) * (high - low) / max(1, last - before)
+
+
+def _too_little(budget: int, least: int, given: bool, name: str) -> ConfigError:
+    what, remedy = ("memory_budget", "raise it") if given else ("half of the free memory", "give memory_budget more")
+    return ConfigError(
+        f"{name}: {what} is {budget / 2**20:.1f} MiB, and tasks one by one take {least / 2**20:.1f} MiB: {remedy}, or "
+        "take a smaller network, fewer examples a task, or a method that keeps no graphs (Unrolled(memory='replay'))"
+    )
 
 
 def timed(body: Callable[[], object], device: torch.device) -> float:
-    """Returns the median seconds of a body, after a first run that is not counted."""
+    """Returns the least seconds that a body took, after a first run that is not counted.
+
+    The least, since what else a machine does makes every run longer, and none shorter.
+    """
     wait = _waits(device)
     body()
-    seconds = []
-    for _ in range(REPEATS):
+    seconds: list[float] = []
+    while len(seconds) < REPEATS or sum(seconds) < LEAST_SECONDS:
         wait()
         started = time.perf_counter()
         body()
         wait()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _waits(device: torch.device) -> Callable[[], None]:

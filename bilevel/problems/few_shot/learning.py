@@ -219,8 +219,8 @@ class Adaptation(Problem):
         criterion: ``(outputs, targets) -> scalar`` of one task's support set; the cross-entropy by default.
         proximal: β, which makes the solution unique where it is above the loss's negative curvature. Implicit methods
             then take ``(I + H/β)⁻¹ v`` for ``v = ∂F/∂w``; with a damping δ, ``(I + H/(β + δ))⁻¹ v``.
-        chunk_size: How many tasks to evaluate together; None for all. Passes, products and solves then go chunk by
-            chunk, each of which has its graph freed before the next one is evaluated. ``"auto"``: the size that takes
+        chunk_size: How many tasks to evaluate together; None for all. Passes, products and solves go chunk by chunk,
+            each of which has its graph freed before the next one is evaluated. ``"auto"``: the size that takes
             least time among those that stay in the memory budget, see :attr:`chunking`. It is measured before the first
             update, kept from then on and saved with the engine's state.
         memory_budget: What a chunk may take beside parameters and displacements, in bytes, where the size is chosen;
@@ -240,8 +240,9 @@ class Adaptation(Problem):
         UnknownNameError: A pattern that matches no trainable parameter.
         DataError: No tasks, or later, another number of them, or a class for which the network has no output.
 
-    With tasks in chunks there are no outputs of the whole, implicit methods solve a system for each chunk, and
-    ``Unrolled(memory="graph")`` evaluates steps again, as ``"replay"`` does.
+    Of tasks in chunks there are no outputs of the whole, and implicit methods solve a system for each chunk. Methods
+    that keep graphs (``Unrolled(memory="graph")``) keep those of all chunks, and of all steps: chunks then save
+    memory in the outer loss only.
 
     In data-parallel runs gradients of d are averaged too: every process must draw the same tasks.
 
@@ -373,7 +374,7 @@ class Adaptation(Problem):
         """Returns the sum of the tasks' losses on their support sets, with the outputs unless tasks are in chunks."""
         refuse_data(self, batch)
         tasks, chosen = self.tasks(), self.chunking
-        if len(self.chunks()) == 1:
+        if len(self.chunks()) == 1 or self._keeps_graphs:
             found = self._support_loss(tasks, self.displacements())
         elif self._alone is None:
             found = {"loss": summed(self._in_chunks(tasks), shared_too=False)}
@@ -386,7 +387,7 @@ class Adaptation(Problem):
         """See :meth:`Problem.respond`: chunk by chunk, but where an update is one of all tasks together."""
         chunks = self.chunks()
         together = estimator.needs_trajectory and (self.max_grad_norm is not None or self.projects)
-        if len(chunks) == 1 or together:
+        if len(chunks) == 1 or together or self._keeps_graphs:
             return super().respond(estimator, lower)
         return ResponseInChunks(estimator, lower, chunks, self._taking)
 
@@ -483,6 +484,11 @@ class Adaptation(Problem):
 
     def _in_chunks(self, tasks: TaskBatch) -> Sum:
         return self.sum_of(lambda chunk: self._support_loss(TaskBatch(*chunk.of(tasks)), self.displacements())["loss"])
+
+    @property
+    def _keeps_graphs(self) -> bool:
+        """Whether the method keeps graphs: those of all chunks then, whose gradients are taken together."""
+        return self.method is not None and self.method.keeps_graph
 
     def _size(self) -> int | None:
         if self._measuring:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bilevel.functional import derivatives, leaves
 from bilevel.hypergrad import Estimator
-from bilevel.problems.few_shot.budget import measured_peak, timed
+from bilevel.problems.few_shot.budget import Need, measured_peak, timed
 from bilevel.problems.few_shot.chunks import Chunk, Sum
 from bilevel.vector import Tensors
 
@@ -40,24 +41,25 @@ class Costs:
     count: int
     budget: int
 
-    def memory(self, size: int) -> int:
+    def memory(self, size: int) -> Need:
         """Returns the peak of a chunk: of a step's graph and product, or of the outer loss's pass.
 
-        Where all tasks are one chunk and the method keeps graphs, these are of all steps at once.
+        Where the method keeps graphs, those of all chunks and steps are held at once.
         """
         chunk, device = Chunk(0, size), self.inner.device
-        kept = self.steps if self._keeps_graphs(size) else 1
+        kept = self._graphs_kept(size)
         held = None
         with measured_peak(device, self.budget) as graph:
             held = self._graph(self.inner, chunk)
         del held
         if graph.peak > self.budget:
-            return graph.peak
+            return Need(graph.peak, graph.peak)
         with measured_peak(device, self.budget) as product:
             self._product(chunk)
         with measured_peak(device, self.budget) as outer:
             self._gradient(self.outer, chunk, shared_too=True)
-        return max(product.peak + (kept - 1) * graph.held, outer.peak + (kept * graph.held if kept > 1 else 0))
+        total = max(product.peak + max(kept - 1, 0) * graph.held, outer.peak + kept * graph.held)
+        return Need(max(product.peak, outer.peak), total)
 
     def seconds(self, size: int) -> float:
         """Returns the time of an outer step of a chunk."""
@@ -66,15 +68,17 @@ class Costs:
         def time_of(body: Callable[[], object]) -> float:
             return timed(body, device)
 
-        step = 0.0 if self._keeps_graphs(size) else time_of(lambda: self._gradient(self.inner, chunk, shared_too=False))
+        step = 0.0 if self._graphs_kept(size) else time_of(lambda: self._gradient(self.inner, chunk, shared_too=False))
         product = time_of(lambda: self._product(chunk))
         products = self.steps if self.method is None or self.method.needs_trajectory else PRODUCTS
         return (
             self.steps * step + products * product + time_of(lambda: self._gradient(self.outer, chunk, shared_too=True))
         )
 
-    def _keeps_graphs(self, size: int) -> bool:
-        return size == self.count and self.method is not None and self.method.keeps_graph
+    def _graphs_kept(self, size: int) -> int:
+        if self.method is None or not self.method.keeps_graph:
+            return 0
+        return (self.method.recorded_steps or self.steps) * math.ceil(self.count / size)
 
     def _leaves(self, total: Sum, chunk: Chunk) -> tuple[Tensors, Tensors]:
         return total.leaves(chunk, total.stacked.tensors, total.shared.tensors)
