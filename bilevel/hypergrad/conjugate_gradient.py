@@ -43,7 +43,7 @@ class ConjugateGradient(Krylov, Preconditioned):
 
     def solve(self, system: System) -> tuple[Solution, State]:
         """See :meth:`Implicit.solve`."""
-        factors = self.factors(system)
+        factors, kept = self.factors(system)
         solution = conjugate_gradient(
             system.operator,
             system.v,
@@ -54,4 +54,4 @@ class ConjugateGradient(Krylov, Preconditioned):
             preconditioner=None if factors is None else factors.inverse,
             compiled=system.compiled,
         )
-        return solution, {}
+        return solution, {} if solution.status.failed else kept

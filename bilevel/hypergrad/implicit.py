@@ -31,7 +31,7 @@ from bilevel.vector import Tensors, axpy, is_finite, norm, promote, scale, subtr
 
 __all__ = ["Implicit", "Iterative", "System"]
 
-SOLUTION = "solution"
+SOLUTION, BEFORE = "solution", "solution_before"
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,10 @@ class Implicit(Estimator):
         """Whether the solution of one call is where the next one starts."""
         return False
 
+    def extrapolates(self) -> bool:
+        """Whether a warm start goes on as the last two solutions went."""
+        return False
+
     def tolerance(self) -> float:
         """Returns the relative residual at which the method stops; 0 where it does not go by it."""
         return float(getattr(self, "rtol", 0.0))
@@ -144,24 +148,31 @@ class Iterative(Implicit):
     Attributes:
         warm_start: Start from the solution of the call before, which the state carries. In an engine that is the last
             outer step; as a function pass ``state={}`` at first and each result's ``state`` to the next call.
+            ``"linear"`` goes on from the last two, ``2 q₁ − q₂``, which is nearer where outer steps are alike.
     """
 
-    warm_start: bool = field(default=False, kw_only=True)
+    warm_start: bool | str = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Validates the shared fields."""
         super().__post_init__()
-        if not isinstance(self.warm_start, bool):
-            raise ConfigError(f"{type(self).__name__}.warm_start must be True or False, not {self.warm_start!r}")
+        if not isinstance(self.warm_start, bool) and self.warm_start != "linear":
+            raise ConfigError(
+                f"{type(self).__name__}.warm_start must be True, False or 'linear', not {self.warm_start!r}"
+            )
 
     @property
     def needs_state(self) -> bool:
         """A warm start does."""
-        return self.warm_start
+        return bool(self.warm_start)
 
     def starts_warm(self) -> bool:
         """See :meth:`Implicit.starts_warm`."""
-        return self.warm_start
+        return bool(self.warm_start)
+
+    def extrapolates(self) -> bool:
+        """See :meth:`Implicit.extrapolates`."""
+        return self.warm_start == "linear"
 
 
 @dataclass(frozen=True)
@@ -213,19 +224,23 @@ def solve_adjoint(
     if size == 0.0 or not math.isfinite(size):
         # The outer loss is flat in the inner parameters; or a NaN, which every solver's start at zero would swallow.
         status, message = (Status.CONVERGED, "") if size == 0.0 else (Status.DIVERGED, "∂F/∂w is not finite")
-        solution, kept = Solution(v, status, 0, message), {k: part for k, part in state.items() if k != SOLUTION}
+        solution, kept = (
+            Solution(v, status, 0, message),
+            {k: part for k, part in state.items() if k not in (SOLUTION, BEFORE)},
+        )
     else:
         start = _start(estimator, v, state, unit)
         given = System(
             damped(system, damping), v, epsilon, start, diagonal, state, products.transposed, system.compiled(damping)
         )
-        first = None if start is None else _First(system, products, start, v, damping)
+        if start is not None and estimator.tolerance() > 0.0:
+            first = _First(system, products, start, v, damping)
         solved = first is not None and first.residual <= estimator.tolerance()
         if start is not None and solved:
             solution, new = Solution(start, Status.CONVERGED, 1), state
         else:
             solution, new = estimator.solve(given)
-        kept = {key: part for key, part in new.items() if key != SOLUTION}
+    kept = {key: part for key, part in new.items() if key not in (SOLUTION, BEFORE)}
     # In the outer loss's own units: its Lipschitz constants are not rescaled.
     bound, extra = _certify(estimator, products, slope, scale(unit, solution.q), scale(unit, v))
     if first is not None and solved:
@@ -241,6 +256,8 @@ def solve_adjoint(
         status = Status.DIVERGED
     if estimator.starts_warm() and not (status.failed and status is not Status.INACCURATE):
         kept[SOLUTION] = scale(unit, solution.q)
+        if estimator.extrapolates() and SOLUTION in state:
+            kept[BEFORE] = state[SOLUTION]
     info = SolveInfo(
         status=status,
         residual=residual,
@@ -307,16 +324,31 @@ class _Counted:
 
 
 def _start(estimator: Implicit, v: Tensors, state: State, unit: float) -> Tensors | None:
-    known = state.get(SOLUTION) if estimator.starts_warm() else None
+    known = kept_vector(estimator, SOLUTION, v, state) if estimator.starts_warm() else None
     if known is None:
         return None
-    if [part.shape for part in known] != [part.shape for part in v]:
+    before = kept_vector(estimator, BEFORE, v, state) if estimator.extrapolates() else None
+    if before is not None:
+        known = subtract(scale(2.0, known), before)
+    return scale(1 / unit, known)
+
+
+def kept_vector(estimator: Implicit, key: str, like: Tensors, state: State) -> Tensors | None:
+    """Returns a vector that the state holds, in the dtypes and on the devices of ``like``; None where it holds none.
+
+    Raises:
+        ConfigError: It has other shapes: it belongs to another problem.
+    """
+    known = state.get(key)
+    if known is None:
+        return None
+    if [part.shape for part in known] != [part.shape for part in like]:
         raise ConfigError(
             f"the state of method {estimator.name!r} belongs to another problem: its solution has shapes "
-            f"{[tuple(part.shape) for part in known]}, the inner variables {[tuple(part.shape) for part in v]}. "
+            f"{[tuple(part.shape) for part in known]}, the inner variables {[tuple(part.shape) for part in like]}. "
             "Start with state={}."
         )
-    return scale(1 / unit, tuple(a.to(b) for a, b in zip(known, v, strict=True)))
+    return tuple(a.to(b) for a, b in zip(known, like, strict=True))
 
 
 def _certify(estimator: Implicit, products: Products, slope: float, q: Tensors, v: Tensors) -> tuple[Bound, int]:

@@ -62,7 +62,11 @@ class Neumann(Preconditioned):
 
     def solve(self, system: System) -> tuple[Solution, State]:
         """See :meth:`Implicit.solve`. The estimate kept in the state is that of the undamped largest eigenvalue."""
-        factors = self.factors(system)
+        factors, kept = self.factors(system)
+        solution, state = self._solved(system, factors)
+        return solution, state if solution.status.failed else {**state, **kept}
+
+    def _solved(self, system: System, factors: Factors | None) -> tuple[Solution, State]:
         if not isinstance(self.step_size, str):
             return self._series(system, factors, self.step_size), {}
         # That of P⁻¹(H + δI), which changes with δ and P, is another number under another name.

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 import torch
 
 from bilevel.errors import ConfigError
+from bilevel.hypergrad.base import State
 from bilevel.hypergrad.implicit import Iterative, System
-from bilevel.linear import Preconditioner, damped, machine_epsilon, nystrom
+from bilevel.linear import NystromApproximation, Preconditioner, damped, machine_epsilon, nystrom
+from bilevel.result import Status
 from bilevel.validation import check_choice, check_integer
 from bilevel.vector import Tensors
 
 __all__ = ["Factors", "Preconditioned"]
 
 DEFAULT_RANK = 10
+VECTORS, EIGENVALUES = "preconditioner_vectors", "preconditioner_eigenvalues"
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,13 @@ class Preconditioned(Iterative):
             approximation of H from ``preconditioner_rank`` products a call (Frangella, Tropp, Udell 2021, arXiv
             2110.02820), which pays where H has few large eigenvalues.
         preconditioner_rank: Products for ``"nystrom"``.
+        preconditioner_every: Calls that ``"nystrom"`` serves before it is made anew; the state keeps ``rank`` vectors
+            in between. An approximation of an earlier H costs no product, and some iterations.
     """
 
     preconditioner: str = field(default="none", kw_only=True)
     preconditioner_rank: int = field(default=DEFAULT_RANK, kw_only=True)
+    preconditioner_every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         """Validates the shared fields."""
@@ -56,20 +62,56 @@ class Preconditioned(Iterative):
                 f"{owner}.preconditioner_rank belongs to preconditioner='nystrom', not {self.preconditioner!r}"
             )
 
-    def factors(self, system: System) -> Factors | None:
-        """Returns the preconditioner for a system, or None without one.
+        check_integer(owner, "preconditioner_every", self.preconditioner_every, minimum=1)
+        if self.preconditioner_every != 1 and self.preconditioner != "nystrom":
+            raise ConfigError(
+                f"{owner}.preconditioner_every belongs to preconditioner='nystrom', not {self.preconditioner!r}"
+            )
+
+    @property
+    def needs_state(self) -> bool:
+        """A warm start does, and a preconditioner that serves several calls."""
+        return super().needs_state or self.preconditioner_every > 1
+
+    def factors(self, system: System) -> tuple[Factors | None, State]:
+        """Returns the preconditioner for a system, or None without one, and what the state keeps of it.
 
         Raises:
             ConfigError: ``"optimizer"``, and the inner problem's optimiser keeps no second moments.
         """
         if self.preconditioner == "none":
-            return None
+            return None, {}
         if self.preconditioner == "optimizer":
-            return _diagonal(self._second_moments(system), self.regularisation())
+            return _diagonal(self._second_moments(system), self.regularisation()), {}
         damping = self.regularisation()
-        rank, epsilon = self.preconditioner_rank, system.epsilon
-        approximation = nystrom(damped(system.operator, -damping), system.v, rank=rank, epsilon=epsilon)
-        return Factors(approximation.preconditioner(damping), approximation.preconditioner(damping, power=0.5))
+        approximation, served = self._kept(system)
+        if approximation is None:
+            rank, epsilon, served = self.preconditioner_rank, system.epsilon, 0
+            approximation = nystrom(damped(system.operator, -damping), system.v, rank=rank, epsilon=epsilon)
+        state: State = {}
+        if served + 1 < self.preconditioner_every and not approximation.status.failed:
+            age = torch.tensor(served + 1, dtype=torch.int64)
+            state = {VECTORS: approximation.vectors, EIGENVALUES: (approximation.eigenvalues, age)}
+        factors = Factors(approximation.preconditioner(damping), approximation.preconditioner(damping, power=0.5))
+        return factors, state
+
+    def _kept(self, system: System) -> tuple[NystromApproximation | None, int]:
+        """Returns the approximation that the state keeps, if it does, and how many calls it has served."""
+        if self.preconditioner_every == 1 or VECTORS not in system.state:
+            return None, 0
+        eigenvalues, age = system.state[EIGENVALUES]
+        vectors, sizes = system.state[VECTORS], [part.numel() for part in system.v]
+        if [len(part) for part in vectors] != sizes:
+            raise ConfigError(
+                f"the state of method {self.name!r} belongs to another problem: its preconditioner has "
+                f"{[len(part) for part in vectors]} rows, the inner variables {sizes} entries. Start with state={{}}."
+            )
+        vectors = tuple(
+            part.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+            for part, like in zip(vectors, system.v, strict=True)
+        )
+        eigenvalues = eigenvalues.to(device=vectors[0].device, dtype=torch.float64)
+        return NystromApproximation(vectors, eigenvalues, sum(sizes), Status.CONVERGED, 0), int(age)
 
     def _second_moments(self, system: System) -> Tensors:
         if system.diagonal is None:

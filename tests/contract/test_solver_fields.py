@@ -76,6 +76,60 @@ def test_a_solved_system_costs_one_product_to_recognise(method: Any) -> None:
     assert cold.info.iterations == first.info.iterations > 4
 
 
+def path_of_quadratics(count: int) -> list[Sample]:
+    """Outer parameters that move evenly: the solutions of the adjoint systems lie on a line."""
+    first = make_quadratic(8, 3, 100.0, 1.0, 3)
+    return [moved(first, 0.3 * step) for step in range(count)]
+
+
+@pytest.mark.parametrize("method", ITERATIVE)
+def test_a_linear_warm_start_goes_on_as_the_last_two_solutions_went(method: Any) -> None:
+    fields = {"terms": 2000} if method is Neumann else {}
+    counts = {}
+    for warm in (True, "linear"):
+        estimator, state, counts[warm] = method(warm_start=warm, rtol=1e-8, **fields), {}, []
+        for sample in path_of_quadratics(4):
+            result = called(sample, estimator, state)
+            torch.testing.assert_close(result.grad, sample.hypergradient(), rtol=1e-5, atol=1e-6)
+            state = result.state
+            counts[warm].append(result.info.products)
+    assert counts["linear"][:2] == counts[True][:2]  # the second call has one solution to start from
+    assert counts["linear"][2:] == [1, 1] < counts[True][2:]
+
+
+@pytest.mark.parametrize("method", [ConjugateGradient, Neumann])
+def test_a_preconditioner_is_kept_for_as_many_calls_as_it_is_to_serve(method: Any) -> None:
+    sample = make_quadratic(8, 3, 100.0, 1.0, 3)
+    fields = {"terms": 5, "step_size": 0.5} if method is Neumann else {"rtol": 1e-10}
+    estimator = method(preconditioner="nystrom", preconditioner_rank=4, preconditioner_every=3, **fields)
+    assert estimator.needs_state
+    state, products, grads = {}, [], []
+    for _ in range(7):
+        result = called(sample, estimator, state)
+        state = result.state
+        products.append(result.info.products)
+        grads.append(result.grad)
+    with_rank, without = products[0], products[1]
+    assert with_rank - without == 4
+    assert products == [with_rank, without, without] * 2 + [with_rank]
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_kept_preconditioner_of_another_problem_is_refused() -> None:
+    estimator = ConjugateGradient(preconditioner="nystrom", preconditioner_rank=2, preconditioner_every=2)
+    state = called(make_quadratic(8, 3, 100.0, 1.0, 3), estimator, {}).state
+    with pytest.raises(ConfigError, match="belongs to another problem: its preconditioner"):
+        called(make_quadratic(6, 3, 100.0, 1.0, 3), estimator, state)
+
+
+def test_fields_of_warm_starts_and_kept_preconditioners_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"warm_start must be True, False or 'linear', not 'cubic'"):
+        ConjugateGradient(warm_start="cubic")
+    with pytest.raises(ConfigError, match="preconditioner_every belongs to preconditioner='nystrom'"):
+        Neumann(preconditioner_every=2)
+
+
 @forall(
     60,
     sample=quadratics(max_condition=100.0, scale=False),
