@@ -467,8 +467,10 @@ def require_finite(value: Tensor, name: str) -> None:
 def dense_gradient(grads: Sequence[Tensor | None], inputs: Tensors) -> Tensors:
     """Returns the gradients with zeros in the places of inputs that do not reach the loss."""
     return tuple(
-        torch.zeros_like(i) if g is None else g if g.layout == torch.strided else g.to_dense()
-        for g, i in zip(grads, inputs, strict=True)
+        [
+            torch.zeros_like(i) if g is None else g if g.layout is torch.strided else g.to_dense()
+            for g, i in zip(grads, inputs, strict=True)
+        ]
     )
 
 

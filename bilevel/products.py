@@ -74,7 +74,7 @@ class Products(ABC):
 
     def select(self, vector: Sequence[Tensor]) -> Tensors:
         """Returns the active parts of a vector over all inner variables."""
-        return tuple(part for part, active in zip(vector, self.active, strict=True) if active)
+        return tuple([part for part, active in zip(vector, self.active, strict=True) if active])
 
     @abstractmethod
     def hessian(self, q: Tensors) -> Tensors:
@@ -118,14 +118,14 @@ class GradientGraph(Products):
         self._objective = objective
         self._outer = outer
         value, self._outputs = evaluate.with_outputs()
-        require_finite(value, objective.name)
         grads = gradient(value, inner, objective, create_graph=True)
+        require_finite(value, objective.name)  # reads the number, for which a device's queue should be full
         self.value = value.detach()
-        self.active = tuple(grad is not None for grad in grads)
+        self.active = tuple([grad is not None for grad in grads])
         if not any(self.active):
             raise independent(objective.name)
         self._inner = self.select(inner)
-        self.gradient = tuple(grad for grad in grads if grad is not None)
+        self.gradient = tuple([grad for grad in grads if grad is not None])
         self._loss = value
 
     def hessian(self, q: Tensors) -> Tensors:
@@ -382,8 +382,8 @@ def difference_length(step: float | str, inner: Tensors, size: float | None = No
 
 def displaced(inner: Tensors, direction: Tensors, factor: float) -> Tensors:
     """Returns ``w + factor · direction`` in the parameters' dtypes."""
-    pairs = zip(inner, direction, strict=True)
-    return tuple(axpy(factor, [move.detach()], [part.detach()])[0].to(part.dtype) for part, move in pairs)
+    moved = axpy(factor, [move.detach() for move in direction], [part.detach() for part in inner])
+    return tuple([there.to(part.dtype) for there, part in zip(moved, inner, strict=True)])
 
 
 def displacement_error(

@@ -30,6 +30,8 @@ __all__ = [
 
 Tensors = tuple[Tensor, ...]
 
+_vector_norm = torch.linalg.vector_norm
+
 LARGEST_FUSED = 6e4
 """Torch raises where a factor of ``torch.add`` is no number of the tensors' dtype; this one is in all of them."""
 
@@ -52,31 +54,36 @@ def norm(vector: Sequence[Tensor]) -> Tensor:
 
     It has no derivative. No synchronisation with a device.
     """
-    if all(part.is_cpu for part in vector):
-        return torch.tensor(length(vector), dtype=torch.float64)
-    return _device_norm([part.detach() for part in vector], torch.float64)
+    if vector and not vector[0].is_cpu:
+        return _device_norm([part.detach() for part in vector], torch.float64)
+    return torch.tensor(length(vector), dtype=torch.float64)
 
 
 def length(vector: Sequence[Tensor]) -> float:
     """Returns the Euclidean norm as a number (one synchronisation), without overflow or underflow as :func:`norm`."""
-    parts = [part.detach() for part in vector]
-    on_host = all(part.is_cpu for part in parts)
-    if all(part.dtype == torch.float32 for part in parts):
-        # A third of the time of accumulating in float64; the range is checked.
-        total = _host_norm(parts, None) if on_host else float(_device_norm(parts, None))
+    sizes = []
+    for part in vector:
+        if part.dtype is not torch.float32 or not part.is_cpu:
+            break
+        sizes.append(_vector_norm(part.detach()).item())
+    else:  # a third of the time of accumulating in float64; the range is checked
+        total = math.hypot(*sizes)
         if 1e-12 < total < 1e12:
             return total
-    return _host_norm(parts, torch.float64) if on_host else float(_device_norm(parts, torch.float64))
-
-
-def _host_norm(parts: Sequence[Tensor], dtype: torch.dtype | None) -> float:
-    return math.hypot(*[torch.linalg.vector_norm(part, dtype=dtype).item() for part in parts])
+    parts = [part.detach() for part in vector]
+    if all(part.is_cpu for part in parts):
+        return math.hypot(*[_vector_norm(part, dtype=torch.float64).item() for part in parts])
+    if all(part.dtype == torch.float32 for part in parts):
+        total = float(_device_norm(parts, None))
+        if 1e-12 < total < 1e12:
+            return total
+    return float(_device_norm(parts, torch.float64))
 
 
 def _device_norm(parts: list[Tensor], dtype: torch.dtype | None) -> Tensor:
     device = parts[0].device
     norms = [part.to(device) for part in torch._foreach_norm(parts, 2, dtype)]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
+    total: Tensor = _vector_norm(torch.stack(norms), dtype=torch.float64)
     return total
 
 
@@ -135,7 +142,7 @@ def is_finite(vector: Sequence[Tensor]) -> bool:
     # The sum of a tensor is finite unless an entry is not (or it overflows, which the exact test then decides).
     sums = [part.detach().sum() for part in vector]
     if all(part.is_cpu for part in sums):
-        finite = all(math.isfinite(part.item()) for part in sums)
+        finite = math.isfinite(sum([part.item() for part in sums]))
     else:
         finite = math.isfinite(torch.stack([part.to(sums[0].device, torch.float64) for part in sums]).sum().item())
     return finite or all(bool(torch.isfinite(part).all()) for part in vector)
