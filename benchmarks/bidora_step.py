@@ -54,7 +54,7 @@ class Row:
     Attributes:
         name: For the table.
         method: How the magnitude is differentiated; None for a plain pass.
-        runs: ``"engine"``, ``"hand"`` or ``"pass"``.
+        runs: ``"engine"``, ``"hand"``, ``"pass"`` or ``"penalty"``.
         model: Whose layers: ``"lora"``, ``"peft"`` or ``"exact"``.
         inner_steps: For each outer step.
         limit: The most that is asked for, in units for each inner step.
@@ -77,6 +77,7 @@ def rows(inner_steps: Sequence[int], hand: bool) -> Iterator[Row]:
     yield Row(UNIT, None, "pass", "lora")
     yield Row("DoRA (PEFT), a pass", None, "pass", "peft")
     yield Row("exact DoRA, a pass", None, "pass")
+    yield Row("the orthogonality penalty alone", None, "penalty")
     yield Row("central differences", CENTRAL, "engine", limit=4.0)
     yield Row("forward difference, old point", FORWARD, "engine", limit=3.2)
     yield Row("exact product", EXACT, "engine")
@@ -267,6 +268,9 @@ def runner(setting: Setting, row: Row, models: dict[str, nn.Module]) -> Callable
     if row.runs == "pass":
         trained = [p for p in model.parameters() if p.requires_grad]
         return lambda: torch.autograd.grad(model(**batches[0]).loss, trained, allow_unused=True)
+    if row.runs == "penalty":
+        own = split_parameters(model)[0]
+        return lambda: torch.autograd.grad(orthogonality(model), own, allow_unused=True)
     if row.runs == "hand":
         hand = Hand(setting, model, row)
         return lambda: hand.step(batches)
@@ -322,9 +326,7 @@ def errors(setting: Setting, methods: Sequence[Row], warm: int) -> dict[str, dic
     return found
 
 
-def reference(
-    setting: Setting, model: nn.Module, inner: list[Tensor], outer: list[Tensor], batches: Any
-) -> list[Tensor]:
+def reference(model: nn.Module, inner: list[Tensor], outer: list[Tensor], batches: Any) -> list[Tensor]:
     """Returns the exact implicit part at the inner and outer values given."""
     w, m = split_parameters(model)
     with torch.no_grad():
@@ -344,11 +346,18 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     steps = {row.name: runner(setting, row, models) for row in chosen}
     by_name = {row.name: row for row in chosen}
     memory: dict[str, int] = {}
-    for name, step in steps.items():  # compile, allocate the optimisers' memory
+    for name in sorted(steps, key=lambda name: by_name[name].eager):  # compile, allocate the optimisers' memory
         attention(models[by_name[name].model], "eager" if by_name[name].eager else "sdpa")
-        for _ in range(2):
-            step()
-        memory[name] = peak_bytes(step) if cuda or arguments.memory else 0
+        try:
+            for _ in range(2):
+                steps[name]()
+            memory[name] = peak_bytes(steps[name]) if cuda or arguments.memory else 0
+        except torch.OutOfMemoryError as error:
+            print(f"{name}: {str(error)[:100]}", flush=True)
+            del steps[name]
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for order in rotated(list(steps), arguments.rounds):
         for name in order:
@@ -364,7 +373,8 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     for epsilon in arguments.epsilons:
         method = FiniteDifference(epsilon=epsilon)
         checked.append(Row(f"central differences, ε = {epsilon}", method, "engine"))
-    off = errors(setting, checked, arguments.warm)
+    # In higher precision the exact product takes most memory of all: one sequence of a stack is enough.
+    off = errors(setting if setting.shape == "minilm" else replace(setting, batch=1), checked, arguments.warm)
     table = [
         {
             "name": row.name,
@@ -376,9 +386,11 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
             **off.get(row.name, {}),
         }
         for row in chosen
+        if row.name in seconds
     ]
-    extra = [{"name": row.name, **off[row.name]} for row in checked if row.name not in seconds]
-    return {"setting": asdict(setting), "rows": table, "epsilons": extra}
+    extra = [{"name": row.name, **off[row.name]} for row in checked if row not in chosen]
+    lost = [row.name for row in chosen if row.name not in seconds]
+    return {"setting": asdict(setting), "rows": table, "epsilons": extra, "out_of_memory": lost}
 
 
 def hand_ratio(result: dict[str, Any], name: str) -> float | None:
@@ -441,6 +453,8 @@ def markdown(document: dict[str, Any]) -> str:
                 f"{row['cosine']:.5f}",
             ]
             lines.append("| " + " | ".join(cells + [""] * memory) + " |")
+        if result["out_of_memory"]:
+            lines += ["", f"Out of memory: {'; '.join(result['out_of_memory'])}."]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -459,8 +473,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=["minilm", *STACKS], default=["minilm"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch", type=int, help="16, and 4 for stacks")
-    parser.add_argument("--length", type=int, help="96, and 512 for stacks")
+    parser.add_argument("--tokens", nargs="+", help="sequences x tokens: 16x96, and 4x512 for stacks")
     parser.add_argument("--rate", type=float, help="1.5e-3, and 2e-4 for stacks")
     parser.add_argument("--gamma", type=float, help="weight of the orthogonality penalty: 1e-5, and 0 for stacks")
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -480,21 +493,17 @@ def main() -> None:
     document = {"device": device, "torch": torch.__version__, "rounds": arguments.rounds, "results": []}
     for shape in arguments.shape:
         small = shape == "minilm"
-        setting = Setting(
-            shape,
-            arguments.rank,
-            arguments.batch or (16 if small else 4),
-            arguments.length or (96 if small else 512),
-            arguments.device,
-            arguments.rate or (1.5e-3 if small else 2e-4),
-            arguments.gamma if arguments.gamma is not None else 1e-5 if small else 0.0,
-        )
-        started = time.perf_counter()
-        document["results"].append(measure(setting, arguments))
-        print(markdown({**document, "results": document["results"][-1:]}), flush=True)
-        print(f"({time.perf_counter() - started:.0f} s)", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        for tokens in arguments.tokens or ["16x96" if small else "4x512"]:
+            batch, length = map(int, tokens.split("x"))
+            rate = arguments.rate or (1.5e-3 if small else 2e-4)
+            gamma = arguments.gamma if arguments.gamma is not None else 1e-5 if small else 0.0
+            setting = Setting(shape, arguments.rank, batch, length, arguments.device, rate, gamma)
+            started = time.perf_counter()
+            document["results"].append(measure(setting, arguments))
+            print(markdown({**document, "results": document["results"][-1:]}), flush=True)
+            print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if arguments.page:
         put(arguments.page, arguments.device, markdown(document))
 

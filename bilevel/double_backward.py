@@ -118,8 +118,8 @@ def obstacles(value: Tensor, inputs: Sequence[Tensor]) -> list[Obstacle]:
 def refuse_obstacles(value: Tensor, inputs: Tensors, name: str) -> None:
     """Raises where a loss cannot be differentiated twice, naming the operation and what to do.
 
-    For use once, before the first product. Where the graph holds a suspect, a second derivative is tried: 2 backward
-    passes. The graph is kept.
+    For use once, before the first product. Where the graph holds a suspect other than fused attention, a second
+    derivative is tried: 2 backward passes. The graph is kept.
 
     Args:
         value: The loss.
@@ -136,6 +136,8 @@ def refuse_obstacles(value: Tensor, inputs: Tensors, name: str) -> None:
     error = _no_second_derivative(name, f"{first.operation} ({first.node}) has no second derivative", first.remedy)
     if any(obstacle.remedy == _DROP_MARK for obstacle in found):  # passes over in silence
         raise error
+    if any(obstacle.operation == _FUSED_ATTENTION[0] for obstacle in found):
+        raise error  # a gradient's graph of a large model, to find out what is known: its size is gigabytes
     try:
         grads: Sequence[Tensor | None] = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
         curved = [grad for grad in grads if grad is not None and grad.requires_grad]

@@ -224,11 +224,20 @@ def _read_at_copies(
             try:
                 refuse_obstacles(loss, copies, label)
             except LossError as refused:
-                error = refused
+                error = _apart_from_frames(refused)
             found = torch.autograd.grad(loss, copies + live, allow_unused=True)
     swapped = {name for name, grad in zip(owner, found[: len(live)], strict=True) if grad is not None}
     direct = {name for name, grad in zip(owner, found[len(live) :], strict=True) if grad is not None}
     return Reading(frozenset(swapped | direct), frozenset(direct), error), loss.detach()
+
+
+def _apart_from_frames(error: LossError) -> LossError:
+    """Returns an error that is to be kept, without the frames of its tracebacks: those hold the graph of the loss."""
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+    return error
 
 
 def dependencies_of(

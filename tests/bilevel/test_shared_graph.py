@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bilevel import Automatic, Engine, EngineConfig, FiniteDifference, Identity, OneStep, hypergradcheck
-from bilevel.errors import BilevelWarning, ConfigError
+from bilevel.errors import BilevelWarning, ConfigError, LossError
 from bilevel.hypergrad import SAMA, as_estimator
 from tests.bilevel.test_engine import QUIET, Classifier, Decay, Quadratic, Target, adam, data, sgd
 from tests.bilevel.test_one_step_engine import double, implicit_parts, network
@@ -235,3 +238,24 @@ def test_auto_in_an_engine_says_once_what_it_does_and_keeps_it(tmp_path):
     second.load(tmp_path / "state")
     assert second.step().losses == first.step().losses
     assert double("auto").step().solves["classifier"].message == "exact mixed product"
+
+
+def test_an_engine_holds_no_graph_of_a_loss_that_has_no_second_derivative():
+    # The error that says so was kept with its traceback, and that with the graph: gigabytes for a language model.
+    born = []
+
+    class Watched(Weighted):
+        def loss(self, batch):
+            logits = self(batch[0])
+            born.append(weakref.ref(logits))
+            return self.decay.module[0].exp() * F.cross_entropy(logits, batch[1])
+
+    gc.collect()
+    decay = Decay(nn.ParameterList([torch.tensor(-2.0)]), optimizer=sgd(0.1), data=data(shuffle=False))
+    inner = Watched(Attention(), optimizer=sgd(0.3), data=data(shuffle=False), name="classifier")
+    engine = Engine([decay, inner], QUIET, hypergradient=FiniteDifference())
+    assert list(engine.dependencies.inner) == ["classifier"]
+    assert born
+    assert not any(reference() is not None for reference in born)
+    with pytest.raises(LossError, match="fused attention"):
+        Engine([decay, inner], QUIET, hypergradient="identity")
