@@ -38,7 +38,7 @@ LARGEST_FUSED = 6e4
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Returns ``Σᵢ ⟨leftᵢ, rightᵢ⟩`` as a float64 scalar tensor (no synchronisation with the device)."""
-    parts = [torch.dot(_flat(a), _flat(b)) for a, b in zip(left, right, strict=True)]
+    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
     if len(parts) == 1:
         return parts[0].double()
     if not parts:
@@ -65,7 +65,7 @@ def length(vector: Sequence[Tensor]) -> float:
     for part in vector:
         if part.dtype is not torch.float32 or not part.is_cpu:
             break
-        sizes.append(_vector_norm(part.detach()).item())
+        sizes.append(_vector_norm(part.detach() if part.requires_grad else part).item())
     else:  # a third of the time of accumulating in float64; the range is checked
         total = math.hypot(*sizes)
         if 1e-12 < total < 1e12:
@@ -96,8 +96,11 @@ def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> Ten
 
 def axpy_(alpha: float, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
     """Adds ``alpha · x`` to y, in place."""
-    for a, b in zip(x, y, strict=True):
-        b.add_(a, alpha=alpha) if abs(alpha) < LARGEST_FUSED else b.add_(alpha * a)
+    if not abs(alpha) < LARGEST_FUSED:
+        for a, b in zip(x, y, strict=True):
+            b.add_(alpha * a)
+    elif _count(x, y):
+        torch._foreach_add_(tuple(y), tuple(x), alpha=alpha)
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
@@ -149,15 +152,15 @@ def is_finite(vector: Sequence[Tensor]) -> bool:
 
 
 def _joined(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float) -> Tensors:
-    if len(x) != len(y):
-        raise ValueError(f"vectors of {len(x)} and {len(y)} tensors are to be added")
-    if len(x) < 2:
+    if _count(x, y) < 2:
         return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
     return tuple(torch._foreach_add(tuple(y), tuple(x), alpha=alpha))
 
 
-def _flat(part: Tensor) -> Tensor:
-    return part if part.dim() == 1 else part.reshape(-1)
+def _count(x: Sequence[Tensor], y: Sequence[Tensor]) -> int:
+    if len(x) != len(y):
+        raise ValueError(f"vectors of {len(x)} and {len(y)} tensors are to be added")
+    return len(x)
 
 
 def _scalar(alpha: float | Tensor, like: Tensor) -> float | Tensor:
