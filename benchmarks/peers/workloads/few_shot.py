@@ -62,7 +62,10 @@ METHODS = {
     "sinusoid_5_64": _method("sinusoid", 64, 5),
 }
 # 64 conv nets take minutes on a processor and have nothing to show that 16 do not.
-ROWS = {"full": [key for key in METHODS if not key.endswith("64") or key.startswith("sinusoid")]}
+ROWS = {
+    "full": [key for key in METHODS if not key.endswith("64") or key.startswith("sinusoid")],
+    "gpu": [key for key in METHODS if key.endswith("64")],
+}
 
 
 class ConvNet(nn.Module):

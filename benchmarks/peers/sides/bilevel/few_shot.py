@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -24,10 +25,18 @@ class Library(Side):
             steps=problem.steps,
             criterion=problem.criterion,
             proximal=problem.proximal,
+            chunk_size="auto",
         )
         cg = ConjugateGradient(max_iterations=problem.products or 1, rtol=0.0)
         method = cg if problem.proximal else Unrolled(memory="graph")
         self.engine = Engine([self.meta, inner], EngineConfig(progress=False), hypergradient=method)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what was chosen is in the note
+            self.engine.step()  # chooses the chunk size, by measuring
+        with torch.no_grad():
+            for p, start in zip(network.parameters(), problem.network.parameters(), strict=True):
+                p.copy_(start)
+        self.note = f"{inner.chunking.size} tasks at a time, as measured" if inner.chunking else ""
 
     def step(self) -> None:
         self.problem.passes.forward += self.engine.step().passes[0]
