@@ -165,13 +165,16 @@ class _FrozenProduct(torch.autograd.Function):
     """``weight @ matrix`` for a constant weight of lower precision than the matrix.
 
     Converting the weight first would leave a copy of it, twice as large, in every layer's graph. This keeps the weight
-    itself and converts it block by block. Its derivative is another such product, so it has all orders.
+    itself and converts it block by block; a bfloat16 weight on a GPU is not converted at all, but multiplied by the
+    matrix's three bfloat16 parts. Its derivative is another such product, so it has all orders.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, matrix: Tensor) -> Tensor:
+        if _has_wide_products(weight, matrix):
+            return _product_of_parts(weight, matrix)
         rows = max(1, _BLOCK // max(1, weight.shape[1]))
         return torch.cat([block.to(matrix.dtype) @ matrix for block in torch.split(weight, rows)])
 
@@ -189,3 +192,22 @@ class _FrozenProduct(torch.autograd.Function):
     def jvp(ctx: Any, weight_tangent: None, tangent: Tensor) -> Tensor:
         (weight,) = ctx.saved_tensors
         return _frozen_product(weight, tangent)
+
+
+def _has_wide_products(weight: Tensor, matrix: Tensor) -> bool:
+    """Returns whether bfloat16 matrices can be multiplied to float32: on GPUs, from torch 2.8 on."""
+    if not (weight.is_cuda and weight.dtype == torch.bfloat16 and matrix.dtype == torch.float32):
+        return False
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(matrix):
+        return False
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
+
+def _product_of_parts(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Returns ``weight @ matrix`` to float32's precision: three parts of 8 bits make its 24."""
+    parts, rest = [], matrix
+    for _ in range(3):
+        parts.append(rest.to(weight.dtype))
+        rest = rest - parts[-1]
+    products = torch.mm(weight, torch.cat(parts, 1), out_dtype=torch.float32)
+    return products.view(weight.shape[0], 3, -1).sum(1)

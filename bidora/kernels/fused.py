@@ -17,8 +17,8 @@ __all__ = ["FusedKernels"]
 
 _ZERO = zero_norm(torch.float32) ** 2
 
-# Compiled kernels take all arguments in their order from this version on.
-_DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+# The versions whose compiled kernels are known to be started by ``run`` as below, with all arguments in their order.
+_DIRECT = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 
 class _Launcher:
@@ -37,7 +37,8 @@ class _Launcher:
     ) -> None:
         compiled = self.compiled.get(key) if key is not None else None
         if compiled is not None:
-            compiled[grid](*arguments)
+            stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
             return
         compiled = self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
         if key is not None and _DIRECT and hasattr(compiled, "packed_metadata"):
