@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.growth.axes import AXES, Line, Run
+from benchmarks.growth.axes import AXES, Axis, Line, Run
 from benchmarks.growth.report import PICTURES, RESULTS, draw, lines_of, load, save, with_results
 from benchmarks.peers.environments import LIBRARIES, find
 from benchmarks.peers.report import about, complain, without_paths
-from benchmarks.tutorials.study import picture
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = {"small": 0.5, "full": 8.0, "cuda": 2.0}  # the longest step that a line goes on from, by Run.key
@@ -73,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.page is None or options.axes or options.save:
         run(options, options.axes or list(AXES), without_paths(given))
     if options.page is not None:
+        from benchmarks.tutorials.study import picture  # needs SciPy and Matplotlib
+
         kept = load(RESULTS)
         options.page.write_text(with_results(options.page.read_text(encoding="utf-8"), kept), encoding="utf-8")
         for name, result in kept.items():
@@ -134,7 +135,7 @@ def measure(name: str, pythons: Mapping[str, Path], absent: Mapping[str, str], s
             # The process has ended within a line: say so, and go on with the next one.
             broken = begun[-1] if begun else todo[0]
             rows[broken]["failed" if not rows[broken]["points"] else "stopped"] = f"the process ended: status {status}"
-            rows[broken]["at"] = rows[broken]["at"] or next_value(axis.values[run_of(settings).key], rows[broken])
+            rows[broken]["at"] = rows[broken]["at"] or next_value(axis, broken, rows[broken], settings)
             todo = todo[todo.index(broken) + 1 :]
         complain(f"{name}: {library}, {time.perf_counter() - started:.0f} s")
     used = {line.library for line in axis.lines}
@@ -149,8 +150,8 @@ def run_of(settings: Settings) -> Run:
     return Run(settings.size, settings.device)
 
 
-def next_value(values: Sequence[int], row: Mapping[str, Any]) -> int:
-    done = {point[0] for point in row["points"]}
+def next_value(axis: Axis, key: str, row: Mapping[str, Any], settings: Settings) -> int:
+    done, values = {point[0] for point in row["points"]}, axis.values_of(axis.line(key), run_of(settings))
     return next((value for value in values if value not in done), values[-1])
 
 

@@ -33,13 +33,13 @@ class Line:
         library: A key of ``benchmarks.peers.environments.LIBRARIES``.
         kind: Of :class:`~benchmarks.peers.side.Method`, or one that only :mod:`benchmarks.growth.ours` knows.
         options: Of the method.
-        until: The largest size to try; None for all.
+        values: Sizes of its own; the axis's without any.
     """
 
     library: str
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    until: float | None = None
+    values: Sequence[int] = ()
 
     @property
     def key(self) -> str:
@@ -89,6 +89,9 @@ class Axis:
 
     def line(self, key: str) -> Line:
         return next(line for line in self.lines if line.key == key)
+
+    def values_of(self, line: Line, run: Run) -> Sequence[int]:
+        return line.values or self.values[run.key]
 
 
 def side_module(library: str, name: str) -> ModuleType:
@@ -295,7 +298,7 @@ AXES = {
             Line("bilevel", "conjugate_gradient"),
             Line("bilevel", "unrolled", GRAPH),
             Line("bilevel", "unrolled", REPLAY),
-            Line("bilevel", "exact", until=3000),
+            Line("bilevel", "exact", values=(500, 1000, 2000, 4000)),
             Line("betty", "finite_difference"),
             Line("betty", "neumann"),
             Line("betty", "conjugate_gradient"),

@@ -76,9 +76,7 @@ def measure(axis: Axis, line: Line, run: Run, seconds: float, *, cpu_time: bool 
         yield {"failed": f"{type(failure).__name__}: {failure}"[:200]}
         return
     last: dict[str, Any] | None = None
-    for value in axis.values[run.key]:
-        if line.until is not None and value > line.until:
-            return
+    for value in axis.values_of(line, run):
         why = too_much(last, value, run, seconds)
         if why:
             yield {"stopped": why, "at": value}
