@@ -83,7 +83,8 @@ class Kept:
         self._others: Iterable[object] = shared
         self._shared: dict[int, object] = {}
         self._copies = Copies() if copies is None else copies
-        self._state = self._copied(dict(self._optimizer.state), self._state)
+        if not self._again(self._optimizer.state):
+            self._state = self._copied(dict(self._optimizer.state), self._state)
         self._groups = [
             (
                 group,
@@ -98,6 +99,24 @@ class Kept:
         self._schedule = None if self._scheduler is None else self._copied(self._scheduler.state_dict())
         if copies is None:
             self._copies.make()
+
+    def _again(self, state: Mapping[Any, Any]) -> bool:
+        """Adds the copies where the state is one of tensors as when it was last kept: what most steps find."""
+        if len(state) != len(self._state):
+            return False
+        found: list[tuple[Tensor, Tensor]] = []
+        for parameter, slots in state.items():
+            kept = self._state.get(parameter)
+            if type(slots) is not dict or type(kept) is not dict or len(slots) != len(kept):
+                return False
+            for key, value in slots.items():
+                into = kept.get(key)
+                if type(into) is not Tensor or not isinstance(value, Tensor) or not alike(into, value):
+                    return False
+                found.append((into, value))
+        if found:
+            self._copies.add_all(*zip(*found, strict=True))
+        return True
 
     def restore(self) -> None:
         """Puts everything back; tensors in place."""

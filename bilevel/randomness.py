@@ -64,30 +64,33 @@ class HostGenerators:
 
     def __init__(self) -> None:
         self._memory = b""
+        self._generator: object = None
+        self._words: Any = None
         self._numpy: dict[str, Any] = {}
         self._python: Any = None
 
     def take(self) -> None:
         """Keeps the present states."""
-        memory = _numpy_memory()
+        memory = self._numpy_memory()
         if not memory or memory != self._memory or self._numpy["has_gauss"]:
             self._numpy = np.random.get_state(legacy=False)
             self._memory = memory
         self._python = random.getstate()
 
+    def _numpy_memory(self) -> bytes:
+        """Returns what the memory of NumPy's generator holds, or nothing where it is not the Mersenne twister."""
+        generator = getattr(np.random.mtrand._rand, "_bit_generator", None)
+        if generator is not self._generator:
+            self._generator, self._words = generator, None
+            if type(generator) is np.random.MT19937:
+                words_and_place = ctypes.c_char * (4 * (624 + 1))
+                self._words = words_and_place.from_address(generator.ctypes.state_address)
+        return b"" if self._words is None else bytes(self._words.raw)
+
     def restore(self) -> None:
         """Puts the generators back into the states that were kept last."""
         np.random.set_state(self._numpy)
         random.setstate(self._python)
-
-
-def _numpy_memory() -> bytes:
-    """Returns what the memory of NumPy's generator holds, or nothing where it is not the Mersenne twister."""
-    generator = getattr(np.random.mtrand._rand, "_bit_generator", None)
-    if type(generator) is not np.random.MT19937:
-        return b""
-    words_and_place = 4 * (624 + 1)
-    return ctypes.string_at(generator.ctypes.state_address, words_and_place)
 
 
 class Replay:

@@ -15,6 +15,7 @@ from bilevel.functional import Objective
 from bilevel.optim import Update
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors
+from bilevel.vector import negative as _negative
 
 __all__ = ["Estimator", "InnerProblem", "InnerStep", "Pullback", "Response", "State", "StepGraph"]
 
@@ -206,4 +207,4 @@ def refuse_without_state(estimator: Estimator, remedy: str) -> None:
 
 def negative(tensors: Sequence[Tensor]) -> Tensors:
     """Returns ``−x``: the sign of the implicit function theorem."""
-    return tuple(-part for part in tensors)
+    return _negative(tensors)

@@ -108,6 +108,8 @@ class Gradients:
 
     def split(self, flat: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
         """Returns the parts of a vector over the parameters of several problems."""
+        if len(names) == 1:
+            return {names[0]: flat}
         parts, start = {}, 0
         for name in names:
             stop = start + self._sizes[name]
