@@ -273,7 +273,7 @@ def _not_captured(name: str, error: Exception) -> LossError:
         return LossError(
             f"the loss of {name} was captured anew as often as torch.compile allows: some Python value in it, or the "
             "shape of a batch, differs from call to call. Pass numbers that change as tensors, give all batches one "
-            "shape (drop_last=True), or leave compile out"
+            "shape (drop_last=True), count and log under `if not torch.compiler.is_compiling():`, or leave compile out"
         )
     return LossError(f"compile: the loss of {name} cannot be captured as one graph ({_first_line(error)}). {_NO_LOOKS}")
 

@@ -1,0 +1,208 @@
+"""What compiling a solve saves: compiled products and iterations beside eager ones, and JAXopt's compiled step.
+
+    python -m benchmarks.compiled [--size small] [--rounds 9] [--threads 1] [--cpu-time] [--device cuda]
+                                  [--environments DIR [--create]] [--data DIR] [--page docs/benchmarks/compiled.md]
+
+One outer step of the reweighting workload (an MLP and a weight network over its per-example losses) by the engine with
+and without ``compile``, by a hand-written loop with the same number of passes, and by JAXopt, whose whole outer step is
+one compiled function with its data as arguments. Interleaved; medians, and medians of the ratios to the engine without
+``compile``. Compile times are those of the first outer step, with nothing on disk from an earlier run. The last column
+is the relative distance of the hypergradient from the method's own value in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.environments import find
+from benchmarks.peers.protocol import Remote, WorkerError
+from benchmarks.peers.report import about, save, scientific, with_results, without_paths
+from benchmarks.peers.side import Method, NotOffered
+from benchmarks.peers.timing import median, ratio, rotated
+from benchmarks.peers.verdict import error
+
+__all__ = ["Row", "main", "measure", "table"]
+
+BASE = "engine"
+METHODS = {
+    "conjugate gradients, 5 products": Method("conjugate_gradient", 5),
+    "conjugate gradients, 20 products": Method("conjugate_gradient", 20),
+    "Neumann, 10 products": Method("neumann", 10, 0.1),
+}
+
+
+@dataclass
+class Row:
+    """One side with one method.
+
+    Attributes:
+        workload: The problem.
+        method: The method.
+        side: Who.
+        seconds: Medians of the rounds are taken of these.
+        first: Seconds of the first outer step, compilation included.
+        error: Relative distance to the method's float64 value.
+        failed: Why there is nothing.
+    """
+
+    workload: str
+    method: str
+    side: str
+    seconds: list[float] = field(default_factory=list)
+    first: float = 0.0
+    error: float = float("nan")
+    failed: str = ""
+
+
+def options(method: Method, **more: Any) -> Method:
+    """Returns the method with fields that only this library has."""
+    fields: dict[str, Any] = {"max_iterations": method.products, "rtol": 0.0}
+    if method.kind == "neumann":
+        fields = {"terms": method.products, "step_size": method.step_size}
+    return Method(method.kind, method.products, method.step_size, {**fields, **more})
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """Returns all rows."""
+    pythons = {name: find(name, None, here=True, make=False)[0] for name in ("hand", "bilevel")}
+    if arguments.environments is not None and arguments.device == "cpu":
+        pythons["jaxopt"], why = find("jaxopt", arguments.environments, here=False, make=arguments.create)
+        if why:
+            print(f"JAXopt: {why}")
+    rows: list[Row] = []
+    for workload in arguments.workloads:
+        module = importlib.import_module(f"benchmarks.peers.workloads.{workload}")
+        arrays, _ = module.data(arguments.size, arguments.data)
+        for label, method in METHODS.items():
+            own = module.reference(arrays, arguments.size, method).own
+            sides = {
+                BASE: ("bilevel", options(method)),
+                "engine, compiled": ("bilevel", options(method, compile=True)),
+                "by hand": ("hand", method),
+                "JAXopt, compiled": ("jaxopt", method),
+            }
+            chosen = {side: pair for side, pair in sides.items() if pythons.get(pair[0])}
+            rows += one(workload, label, chosen, pythons, module, arrays, own, arguments)
+            print("\n".join(table(rows[-len(chosen) :])), flush=True)
+    return rows
+
+
+def one(
+    workload: str,
+    label: str,
+    sides: dict[str, tuple[str, Method]],
+    pythons: dict[str, Path | None],
+    module: Any,
+    arrays: dict[str, Any],
+    own: Any,
+    arguments: argparse.Namespace,
+) -> list[Row]:
+    """Returns the rows of one method: agreement at the first step, then interleaved times."""
+    rows = {side: Row(workload, label, side) for side in sides}
+    remotes: dict[str, Remote] = {}
+    with tempfile.TemporaryDirectory(prefix="compiled-") as folder:
+        file = Path(folder) / "data.npz"
+        np.savez(file, **arrays)
+        try:
+            for side, (library, method) in sides.items():
+                cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "kernels")}
+                python = pythons[library]
+                assert python is not None
+                remote = remotes[side] = Remote(library, python, threads=arguments.threads, environment=cache)
+                remote.ask("load", data=workload, file=str(file))
+                try:
+                    remote.ask(
+                        "build",
+                        key=side,
+                        data=workload,
+                        workload=workload,
+                        method=asdict(method),
+                        size=arguments.size,
+                        device=arguments.device,
+                    )
+                    started = time.perf_counter()
+                    found, _ = remote.gradient(side)
+                    rows[side].first = time.perf_counter() - started
+                    rows[side].error = error(found, own)
+                except (WorkerError, NotOffered) as failure:
+                    rows[side].failed = str(failure)[:200]
+            running = [side for side in sides if not rows[side].failed]
+            for side in running:
+                remotes[side].ask("time", key=side, steps=arguments.steps)
+            for order in rotated(running, arguments.rounds):
+                for side in order:
+                    seconds = remotes[side].ask("time", key=side, steps=arguments.steps, cpu_time=arguments.cpu_time)
+                    rows[side].seconds.append(seconds)
+        finally:
+            for remote in remotes.values():
+                remote.close()
+    return list(rows.values())
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Returns a Markdown table."""
+    lines = [
+        "| Method | Side | Step, ms | ÷ engine | First step, s | Error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = next(other for other in rows if other.side == BASE and (other.workload, other.method) == key(row))
+        if row.failed or base.failed:
+            lines.append(f"| {row.method} | {row.side} | | | | {row.failed or base.failed} |")
+            continue
+        found = {row.side: row.seconds, BASE: base.seconds}
+        compared = "1" if row is base else str(ratio(found, row.side, BASE))
+        cells = f"{1e3 * median(row.seconds):.2f} | {compared} | {row.first:.1f} | {scientific(row.error)}"
+        lines.append(f"| {row.method} | {row.side} | {cells} |")
+    return lines
+
+
+def key(row: Row) -> tuple[str, str]:
+    return row.workload, row.method
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("workloads", nargs="*", default=["reweighting"], help="of benchmarks.peers, functional ones")
+    parser.add_argument("--size", default="full", choices=("small", "full"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=3, help="outer steps a round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, where others use the machine too")
+    parser.add_argument("--environments", type=Path, help="folder with JAXopt's environment; none: no JAXopt")
+    parser.add_argument("--create", action="store_true", help="make that environment")
+    parser.add_argument("--data", type=Path, help="folder with mnist10k/data.npz")
+    parser.add_argument("--page", type=Path, help="a page with the markers of the table; the numbers go beside it")
+    options = parser.parse_args(arguments)
+    options.workloads = options.workloads or ["reweighting"]
+    started = time.perf_counter()
+    rows = measure(options)
+    given = without_paths(list(arguments) if arguments is not None else sys.argv[1:])
+    told = about(given, time.perf_counter() - started, options, "benchmarks.compiled")
+    lines = []
+    for workload in dict.fromkeys(row.workload for row in rows):
+        lines += [*table([row for row in rows if row.workload == workload]), ""]
+    lines.append("; ".join(f"{name}: {value}" for name, value in told.items()) + ".")
+    print("\n".join(lines))
+    if options.page is not None:
+        name = "compiled" if options.device == "cpu" else "compiled-gpu"
+        result = {"about": told, "lines": lines, "rows": [asdict(row) for row in rows]}
+        save(name, result, options.page.parent / "results" / f"{name}.json")
+        page = options.page.read_text(encoding="utf-8")
+        options.page.write_text(with_results(page, {name: result}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
