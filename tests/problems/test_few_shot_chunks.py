@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel import ConjugateGradient, Engine, EngineConfig, Neumann, Unrolled, hypergradcheck
-from bilevel.errors import ConfigError, LossError, ParameterError
+from bilevel.errors import ConfigError, LossError
 from bilevel.hypergrad.registry import as_estimator
 from bilevel.problems import Adaptation, Episodes, MetaLearner, PrototypeMetaLearner, TaskBatch
 from bilevel.problems.few_shot import budget as budget_module
+from bilevel.problems.few_shot.batching import convolved
 from bilevel.problems.few_shot.budget import Need, choose, free_memory, measured_peak
 from bilevel.problems.few_shot.stacked import stacked_outputs
 from bilevel.result import StepResult
@@ -474,7 +475,7 @@ def test_errors_within_chunks_are_those_of_the_whole() -> None:
         engine.step()
 
 
-# Batch normalisation
+# Layers of many tasks
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -496,7 +497,7 @@ def test_normalisation_of_all_tasks_at_once(kind: Any, affine: bool) -> None:
         assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_normalisation_of_what_no_task_gave_is_refused() -> None:
+def test_layers_that_see_the_same_in_all_tasks() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -504,13 +505,36 @@ def test_normalisation_of_what_no_task_gave_is_refused() -> None:
             self.inner = nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.inner(x) + self.norm(torch.arange(4.0).view(2, 2)).sum()
+            out: Tensor = self.inner(x) + self.norm(torch.tensor([[0.0, 1.0], [3.0, 5.0]])).prod()
             return out
 
     made, inputs = Constant(), torch.randn(3, 4, 2)
-    with pytest.raises(ParameterError, match="Adaptation\\(vectorized=False\\)"):
-        stacked_outputs(made, {"inner.bias": torch.zeros(3, 2)}, inputs)
-    assert stacked_outputs(made, {"inner.bias": torch.zeros(3, 2)}, inputs, vectorized=False).shape == (3, 4, 2)
+    values = {"inner.bias": torch.rand(3, 2)}
+    found, expected = (stacked_outputs(made, values, inputs, vectorized=vectorized) for vectorized in (True, False))
+    assert torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize(
+    "geometry", [{}, {"padding": 1}, {"stride": 2, "padding": (1, 2)}, {"dilation": 2, "stride": (1, 3)}]
+)
+def test_convolutions_of_each_task_as_products(geometry: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 2, 9, 8, dtype=DOUBLE, requires_grad=True)
+    weight = torch.randn(3, 5, 2, 3, 2, dtype=DOUBLE, requires_grad=True)
+    pairs = [(value, value) if isinstance(value, int) else value for value in {**GEOMETRY, **geometry}.values()]
+    found = []
+    for outputs in (
+        convolved(x, weight, *pairs),
+        torch.stack([F.conv2d(one, own, **geometry) for one, own in zip(x, weight, strict=True)]),
+    ):
+        grads = torch.autograd.grad(outputs.sin().sum(), [x, weight], create_graph=True)
+        products = torch.autograd.grad(sum(grad.square().sum() for grad in grads), [x, weight])
+        found.append([outputs, *grads, *products])
+    for ours, expected in zip(*found, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+GEOMETRY: Mapping[str, Any] = {"stride": 1, "padding": 0, "dilation": 1}
 
 
 def test_methods_of_the_table_exist() -> None:
@@ -518,6 +542,24 @@ def test_methods_of_the_table_exist() -> None:
 
 
 # CUDA
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("adapting", ["*", "4.*"])
+def test_cuda_convolutions_agree_with_the_cpu(adapting: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(4, track_running_stats=False)
+        made = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1, stride=2), norm, nn.ReLU(), nn.Flatten(), nn.Linear(100, WAYS)
+        )
+        batch = episodes(size=100)[0]
+        images = TaskBatch(*(p.unflatten(-1, (1, 10, 10)) if p.is_floating_point() else p for p in batch))
+        engine = engine_of(made=made.to(device, DOUBLE), tasks=[images.to(device)], params=adapting)
+        engine.step()
+        found.append(watched(engine).seen.cpu())
+    assert close(*found, 1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

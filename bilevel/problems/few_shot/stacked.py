@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from bilevel.errors import DataError
-from bilevel.problems.few_shot.normalisation import OneNormalisation, takes_statistics
+from bilevel.problems.few_shot.batching import BatchedLayers, has_batched_layers
 
 __all__ = ["Displacements", "Mirror", "RatedNetwork", "accuracies", "stacked_losses", "stacked_outputs"]
 
@@ -94,8 +94,8 @@ def stacked_outputs(
         found: Tensor = functional_call(network, {**shared, **own}, (given,))
         return found
 
-    if vectorized and takes_statistics(network):
-        with OneNormalisation():
+    if vectorized and has_batched_layers(network, inputs.device):
+        with BatchedLayers():
             return _over_tasks(outputs, True, chunk_size)(stacked, inputs)
     return _over_tasks(outputs, vectorized, chunk_size)(stacked, inputs)
 
