@@ -22,7 +22,7 @@ def maml() -> Any:
     """Returns the class ``MAML``."""
     found = importlib.util.find_spec("learn2learn")
     if found is None or found.submodule_search_locations is None:
-        raise ModuleNotFoundError("No module named 'learn2learn'")
+        raise NotOffered("it is not installed")
     folder = found.submodule_search_locations[0]
     for name, path in (("learn2learn", folder), ("learn2learn.algorithms", f"{folder}/algorithms")):
         package = ModuleType(name)
