@@ -124,8 +124,8 @@ def dora_embedding(
     """
     if padding_idx is not None:
         # In the norm as in the look-up. F.embedding's own padding_idx leaves the former, and half a gradient.
-        column = torch.tensor([padding_idx % lora_A.shape[1]], device=lora_A.device)
-        lora_A = lora_A.index_copy(1, column, lora_A.detach().index_select(1, column))
+        before, column, after = lora_A.tensor_split([padding_idx % len(weight), padding_idx % len(weight) + 1], dim=1)
+        lora_A = torch.cat([before, column.detach(), after], dim=1)
     scale = dora_scale(magnitude, row_norm(weight.T, lora_A, lora_B, scaling, squared_norm=squared_norm))
     if base_result is None:
         base_result = F.embedding(tokens, weight) * embed_scale

@@ -281,6 +281,18 @@ def test_under_autocast_and_without_a_batch() -> None:
     torch.testing.assert_close(layer(x), layer(x.unsqueeze(0)).squeeze(0))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_outputs_and_gradients_on_a_gpu_are_those_on_the_cpu() -> None:
+    def evaluated(device: str) -> list[Tensor]:
+        model = trained(base=Net(padding_idx=3)).to(device)
+        loss = F.cross_entropy(model(TOKENS.to(device)), LABELS.to(device))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return [loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, parameters))]
+
+    for value, reference in zip(evaluated("cuda"), evaluated("cpu"), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["embedding", "conv2"])
 def test_a_layer_compiles_without_a_break(kind: str) -> None:
     model = trained(torch.float32)
