@@ -1,7 +1,7 @@
 """MAML's outer step: tasks together and in chunks, beside loops over tasks.
 
     python -m benchmarks.few_shot_speed [--problem sinusoid conv] [--tasks 16 64] [--steps 1 5] [--device cpu|cuda]
-        [--rounds 7] [--threads 1] [--cpu-time] [--json FILE] [--page docs/tutorials/few_shot.md]
+        [--rounds 7] [--threads 1] [--cpu-time] [--every] [--json FILE [--page docs/tutorials/few_shot.md]]
 
 ``sinusoid``: regression from ten points, an MLP with two layers of 40 (Finn et al., 2017). ``conv``: 5-way 1-shot, 28 ×
 28 images, 5 query images a class, four blocks of a 3 × 3 convolution with 64 channels, batch normalisation, ReLU and
@@ -20,8 +20,8 @@ import gc
 import importlib.util
 import json
 import platform
+import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -316,24 +316,37 @@ def _error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """Returns a table in Markdown."""
-    found = [
-        "| | ms an outer step | × the loop's speed | MiB | gradient's difference |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    head = ["", "ms an outer step", "× the loop's speed", "MiB", "difference of the gradient"]
+    found = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for row in rows:
         error = "" if row.error is None else f"{row.error:.0e}"
-        found.append(f"| {row.name} | {1e3 * row.seconds:.3g} | {row.factor:.2f} | {row.peak / 2**20:.3g} | {error} |")
+        cells = [row.name, f"{1e3 * row.seconds:.3g}", f"{row.factor:.3g}", f"{row.peak / 2**20:.3g}", error]
+        found.append(f"| {' | '.join(cells)} |")
     return found
+
+
+def with_speed(page: str, known: Mapping[str, Any]) -> str:
+    """Returns a page with the tables of each device between ``<!-- speed: cpu -->`` and ``<!-- speed end -->``."""
+    for device, part in known.items():
+        about = part["about"]
+        text = [f"{about['machine']}, torch {about['torch']}:"]
+        for title, rows in part["tables"].items():
+            text += ["", f"**{title}**", "", *lines([Row(**row) for row in rows])]
+        pattern = rf"(<!-- speed: {device} -->\n).*?(<!-- speed end -->)"
+        shown = "\n".join(["", *text, "", ""])
+        page, count = re.subn(pattern, lambda match, shown=shown: match[1] + shown + match[2], page, flags=re.S)
+        if count != 1:
+            raise ValueError(f"{count} places for the tables of {device!r}")
+    return page
 
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns where and how it was measured."""
     device = torch.device(arguments.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} core"
     threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
     clock = "processor time" if arguments.cpu_time else "wall time"
     return {
-        "command": "python -m benchmarks.few_shot_speed " + " ".join(sys.argv[1:]),
         "machine": f"{name}, {threads}, {clock}",
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -350,7 +363,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     parser.add_argument("--every", action="store_true", help="implicit methods and a fixed chunk size, too")
-    parser.add_argument("--json", type=Path, help="file for the numbers; other devices' in it stay")
+    parser.add_argument("--json", type=Path, help="file for the numbers; others that are in it stay")
+    parser.add_argument("--page", type=Path, help="page to write the tables of that file into")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -369,8 +383,13 @@ def main() -> None:
 def _write(arguments: argparse.Namespace, tables: Mapping[str, Any]) -> None:
     path: Path = arguments.json
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known[torch.device(arguments.device).type] = {"about": about(arguments), "tables": tables}
-    path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    device = torch.device(arguments.device).type
+    earlier = known.get(device, {"tables": {}})["tables"]
+    known[device] = {"about": about(arguments), "tables": {**earlier, **tables}}
+    path.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.page:
+        page: Path = arguments.page
+        page.write_text(with_speed(page.read_text(encoding="utf-8"), known), encoding="utf-8")
 
 
 if __name__ == "__main__":
