@@ -18,7 +18,6 @@ Source: Liu et al. 2024 (arXiv 2402.09353), equation 5, without the detaching of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -36,14 +35,12 @@ from bidora.norm import accumulation_dtype, row_norm, squared_row_norm
 __all__ = [
     "FROZEN_CACHE",
     "ExactDoraVariant",
-    "dora_layers",
     "dora_linear",
     "dora_linear_with_dropout",
     "dora_scale",
     "dora_tensors",
     "dora_weight",
     "layer_row_norm",
-    "remembered",
 ]
 
 
@@ -232,15 +229,6 @@ class ExactDoraVariant(DoraLinearVariant):
         return unmerge(DoraLinearVariant, _rows, module, active_adapter, orig_weight)
 
 
-def dora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear, str]]:
-    """Yields ``(name, layer, adapter)`` for every active adapter with the exact forward on a layer of the model."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            for adapter in module.active_adapters:
-                if isinstance(module.lora_variant.get(adapter), ExactDoraVariant):
-                    yield name, module, adapter
-
-
 def layer_row_norm(layer: LoraLinear, adapter: str) -> Tensor:
     """Returns ‖V‖ by rows of a layer, (out,), exactly as its forward pass computes it."""
     weight, (lora_A, lora_B, _), scaling = dora_tensors(layer, adapter)
@@ -262,13 +250,6 @@ def dora_tensors(layer: LoraLinear, adapter: str) -> tuple[Tensor, tuple[Tensor,
     modules = (layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_magnitude_vector[adapter])
     lora_A, lora_B, magnitude = (cast(Tensor, module.weight) for module in modules)
     return _rows(layer, _base_layer(layer).weight), (lora_A, lora_B, magnitude), float(layer.scaling[adapter])
-
-
-def remembered(layer: LoraLinear, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """Returns ``compute(W₀)`` of a layer, computed once while W₀ is frozen and unchanged."""
-    cache: FrozenCache = layer._caches.setdefault(FROZEN_CACHE, FrozenCache())
-    weight = _base_layer(layer).weight
-    return cache.get(name, weight, lambda: compute(_rows(layer, weight)))
 
 
 def _base_obstacle(layer: LoraLinear) -> str | None:
@@ -293,4 +274,7 @@ def _rows(layer: LoraLinear, weight: Tensor) -> Tensor:
 
 
 def _squared_norm(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
-    return remembered(layer, f"squared row norm, {dtype}", lambda weight: squared_row_norm(weight, dtype))
+    """Returns ‖W₀‖² by rows, computed once while W₀ is frozen and unchanged."""
+    cache: FrozenCache = layer._caches.setdefault(FROZEN_CACHE, FrozenCache())
+    weight = _base_layer(layer).weight
+    return cache.get(f"squared row norm, {dtype}", weight, lambda: squared_row_norm(_rows(layer, weight), dtype))

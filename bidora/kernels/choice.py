@@ -90,14 +90,20 @@ def obstacle(
         return f"autocast computes in {torch.get_autocast_dtype(kind)} and the weight is {dtype}"
     if base_result is not None and base_result.dtype != dtype:
         return f"the base result is {base_result.dtype} and the weight {dtype}"
-    return _triton_obstacle(weight, lora_A.shape[0]) if kind == "cuda" else None
+    return _triton_obstacle(x, weight, lora_A, lora_B, magnitude) if kind == "cuda" else None
 
 
-def _triton_obstacle(weight: Tensor, rank: int) -> str | None:
+def _triton_obstacle(x: Tensor, weight: Tensor, *adapter: Tensor) -> str | None:
     if weight.dtype != torch.bfloat16:
         return f"on a GPU the weight must be bfloat16, not {weight.dtype}"
-    if rank > MAX_RANK:
-        return f"on a GPU the rank is at most {MAX_RANK}, not {rank}"
+    if adapter[0].shape[0] > MAX_RANK:
+        return f"on a GPU the rank is at most {MAX_RANK}, not {adapter[0].shape[0]}"
+    if x.numel() == 0:
+        return "the input is empty"
+    for tensor in adapter:
+        if tensor.dtype not in (torch.bfloat16, torch.float32) or not tensor.is_contiguous():
+            kind = f"{tensor.dtype} with strides {tensor.stride()}"
+            return f"on a GPU adapters must be bfloat16 or float32 and contiguous, not {kind}"
     return _missing(weight.device.index)
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bidora.config import BiDoRAConfig
-from bidora.dora import dora_layers, dora_weight
+from bidora.dora import dora_weight
 from bidora.model import get_bidora_model
 from bidora.orthogonality import direction_orthogonality, orthogonality
+from bidora.variants import dora_layers
 from bilevel.errors import ParameterError
 
 
