@@ -172,6 +172,21 @@ def test_a_shield_lets_handlers_raise_once_in_the_work_and_never_in_what_follows
     assert events == ["undone"]
 
 
+def test_a_shield_is_closed_again_after_work_that_went_well():
+    events = []
+
+    def step():
+        with Shield() as shield:
+            with shield.opened():
+                events.append("work")
+            signal.raise_signal(signal.SIGINT)
+            events.append("completed")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert events == ["work", "completed"]
+
+
 def test_two_signals_at_one_instant_do_not_leave_the_shield_open():
     """Python runs the handler of the second right after that of the first has raised, wherever that leads."""
     signal.signal(signal.SIGUSR1, boom)
