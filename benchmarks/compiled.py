@@ -134,11 +134,10 @@ def one(
                     found, _ = remote.gradient(side)
                     rows[side].first = time.perf_counter() - started
                     rows[side].error = error(found, own)
+                    remote.ask("time", key=side, steps=arguments.steps)
                 except (WorkerError, NotOffered) as failure:
                     rows[side].failed = str(failure)[:200]
             running = [side for side in sides if not rows[side].failed]
-            for side in running:
-                remotes[side].ask("time", key=side, steps=arguments.steps)
             for order in rotated(running, arguments.rounds):
                 for side in order:
                     seconds = remotes[side].ask("time", key=side, steps=arguments.steps, cpu_time=arguments.cpu_time)
