@@ -55,6 +55,7 @@ LIBRARIES = {
     "hand": Library("by hand", "torch", ("torch",)),
     "vmap": Library("by hand, vmap", "torch", ("torch",)),
     "bilevel": Library("bilevel", "bilevel", ("bilevel",)),
+    "bilevel_compiled": Library("bilevel, compile=True", "bilevel", ("bilevel",)),
     "peft": Library("PEFT", "peft", ("peft",)),
     "betty": Library("Betty", "betty", ("betty-ml",), (BETTY, ("tqdm", "packaging"))),
     "torchopt": Library("TorchOpt", "torchopt", ("torchopt",), (("torchopt==0.7.3",),)),

@@ -62,6 +62,9 @@ def implicit(task: Task, method: Method) -> Reference:
     if count:
         others[f"what {count - 1} products give"] = with_products(count - 1, point)
         others[f"what {count + 1} products give"] = with_products(count + 1, point)
+    if point.direct.any():
+        part = point.direct + task.rate * (own - point.direct)
+        others["the direct part and the inner learning rate times the implicit one"] = part
     if method.kind == "conjugate_gradient":
         stale = conjugate_gradient(point.hessian, point.v, count, 0.0, stale=True)
         others["what the recursion gives that updates its direction with the residual before"] = point.total(stale)
@@ -102,20 +105,20 @@ def conjugate_gradient(operator: Operator, v: Tensor, cap: int, rtol: float, *, 
     return q
 
 
-def exact_solve(operator: Operator, v: Tensor) -> Tensor:
-    """Returns ``H⁻¹ v`` to a residual of 1e-11, which is checked."""
-    q = conjugate_gradient(operator, v, CAP, RTOL)
+def exact_solve(operator: Operator, v: Tensor, rtol: float = RTOL) -> Tensor:
+    """Returns ``H⁻¹ v`` to a relative residual, which is checked."""
+    q = conjugate_gradient(operator, v, CAP, rtol)
     residual = float((operator(q) - v).norm() / v.norm())
-    if residual > 10 * RTOL:
+    if residual > 10 * rtol:
         raise ValueError(f"the reference's solve ended at a residual of {residual:.1e}")
     return q
 
 
-def solved(point: Point) -> Tensor:
+def solved(point: Point, rtol: float = RTOL) -> Tensor:
     """Returns ``H⁻¹ ∂F/∂w`` of a point, computed once."""
     key = hashlib.sha256(flat(point.gradient).numpy().tobytes() + point.v.numpy().tobytes()).digest()
     if key not in _SOLVED:
-        _SOLVED[key] = exact_solve(point.hessian, point.v)
+        _SOLVED[key] = exact_solve(point.hessian, point.v, rtol)
     return _SOLVED[key]
 
 

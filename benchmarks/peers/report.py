@@ -93,10 +93,10 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
         f"{name} {version}"
         for library, found in result["versions"].items()
         for name, version in found.items()
-        if name not in ("python", "torch") and library not in ("hand", "bilevel")
+        if name not in ("python", "torch") and library not in ("hand", "vmap", "bilevel", "bilevel_compiled")
     )
     run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
-    lines += ["", f"{result['source']}. {run}; torch {told['torch']}, {versions}."]
+    lines += ["", f"{result['source']}. {run}; torch {told['torch']}{versions and f', {versions}'}."]
     return lines + ([""] + [f"- {note}" for note in notes] if notes else [])
 
 

@@ -131,7 +131,8 @@ class Task:
         """Returns the loss, whose evaluations are counted."""
 
         def evaluate(inner: Sequence[Tensor], outer: Sequence[Tensor]) -> Tensor:
-            self.passes.forward += 1
+            if not torch.compiler.is_compiling():  # a number that changes is a reason to compile anew
+                self.passes.forward += 1
             return loss(inner, outer)
 
         return evaluate
@@ -142,6 +143,9 @@ class Side(ABC):
 
     note: str = ""
     """What a reader should know of how the library does it; shown below the table."""
+
+    countable: bool = True
+    """Whether calls of the losses and runs of autograd are all that is evaluated; a compiled step is not."""
 
     @abstractmethod
     def step(self) -> None:
@@ -158,6 +162,10 @@ class Side(ABC):
         ``precision``. Without it a round goes on from where the last one ended.
         """
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drops what is kept from earlier steps (a warm start), so that the next step is a first one."""
+        return
 
     def planned_bytes(self) -> int | None:
         """Returns what a compiler plans for a step beyond its inputs; None where torch's allocator can be asked."""

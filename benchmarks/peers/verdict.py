@@ -48,9 +48,10 @@ def reason(found: np.ndarray, reference: Reference, tolerance: float) -> str:
     candidates = {"": own, **reference.others}
     if reference.exact is not None:
         candidates["the exact hypergradient"] = reference.exact
-    for name, value in candidates.items():
-        if name and error(found, value) <= max(tolerance, PARALLEL / 10):
-            return f"it is {name}"
+    distances = {name: error(found, value) for name, value in candidates.items() if name}
+    name = min(distances, key=lambda key: distances[key], default="")
+    if name and distances[name] <= max(tolerance, PARALLEL / 10):
+        return f"it is {name}"
     near = {}
     for name, value in candidates.items():
         factor = float(found @ value) / float(value @ value) if value.any() else 0.0

@@ -90,9 +90,14 @@ class Worker:
             outer = [arrays[name] for name in arrays.files if name.startswith("outer")]
         self.sides[key].place(inner, outer)
 
+    def forget(self, key: str) -> None:
+        """Drops what a side keeps from earlier steps."""
+        self.sides[key].forget()
+
     def restart(self, key: str) -> bool:
         """Puts a side where it began; False where it cannot (see :meth:`Side.place`)."""
         task = self.tasks[key]
+        self.forget(key)
         if not hasattr(task, "inner") or not hasattr(task, "outer"):
             return False
         try:
@@ -119,7 +124,7 @@ class Worker:
                 seconds.append(timed(side.step, side.wait, 1, cpu_time=cpu_time))
                 gradients.append(np.concatenate([as_array(part).ravel() for part in side.hypergradient()]))
         np.savez(found, gradients=np.stack(gradients))
-        return {"seconds": seconds, "backward": counter.backward}
+        return {"seconds": seconds, "backward": counter.backward if side.countable else 0}
 
     def step(self, key: str) -> None:
         self.sides[key].step()
@@ -132,7 +137,7 @@ class Worker:
             side.step()
         side.wait()
         np.savez(file, **{f"p{i:03d}": as_array(part) for i, part in enumerate(side.hypergradient())})
-        return {"forward": counter.forward, "backward": counter.backward}
+        return {"forward": counter.forward, "backward": counter.backward if side.countable else 0}
 
     def time(self, key: str, steps: int = 1, cpu_time: bool = False) -> float:
         """Returns the seconds of a step."""

@@ -26,7 +26,7 @@ from benchmarks.peers.workloads.digits import CLASSES, FEATURES, digits
 TITLE = "Reweighting"
 ABOUT = "an MLP 784–100–10 on 500 digits with wrong labels, a weight network 1–100–1 over its per-example losses"
 SIZES = {"small": (60, 12), "full": (500, 100)}
-DECAY, WRONG, RATE = 0.1, 0.4, 0.1
+DECAY, WRONG, RATE = 0.2, 0.4, 0.1
 ITERATIONS = 60
 METHODS = {
     "identity": Method("identity"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,9 @@ class Library(Side):
     def step(self) -> None:
         self.result = self.engine.step()
 
+    def forget(self) -> None:
+        self.engine.estimator_states.clear()
+
     def hypergradient(self) -> Sequence[Tensor]:
         optimizer = self.engine.problems["outer"].optimizer
         assert isinstance(optimizer, KeepingSGD)
@@ -73,4 +77,15 @@ def estimator(method: Method) -> Estimator:
 
 
 def build(task: Task, method: Method) -> Library:
-    return Library(task, estimator(method))
+    side = Library(task, estimator(method))
+    side.countable = not method.options.get("compile")
+    return side
+
+
+def build_compiled(task: Task, method: Method) -> Library:
+    """Returns the engine with ``compile=True``, for the methods that solve a system."""
+    if method.kind not in ("neumann", "conjugate_gradient"):
+        raise NotOffered("compiles solves only")
+    side = Library(task, replace(estimator(method), compile=True))
+    side.countable, side.note = False, "the first step compiles and is not timed"
+    return side

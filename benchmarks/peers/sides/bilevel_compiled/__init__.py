@@ -1,0 +1,1 @@
+"""Workloads with this library's compiled solves."""
