@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--save", action="store_true", help=f"keep the results in {RESULTS.name}/, from which pages are made"
     )
+    parser.add_argument("--suffix", default="", help="of the kept results' names: a second table of the same workload")
     parser.add_argument("--page", type=Path, help="write the kept results into this page; without workloads, only that")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
@@ -82,7 +83,7 @@ def _run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str]
         found = measure(name, pythons, absent, settings)
         told = about(without_paths(given), time.perf_counter() - started, settings)
         result = {"about": told, **found.as_json()}
-        key = name if options.device == "cpu" else f"{name}-{options.device}"
+        key = name + ("" if options.device == "cpu" else f"-{options.device}") + options.suffix
         results[key] = result
         print(f"## {found.title}\n", *lines_of(result), "", sep="\n", flush=True)
         if options.save:

@@ -140,7 +140,7 @@ def measure(name: str, pythons: Mapping[str, Path], absent: Mapping[str, str], s
         finally:
             for remote in remotes.values():
                 remote.close()
-        for library in libraries:
+        for library in libraries if settings.device == "cpu" else ():
             _memory([row for row in rows if row.library == library and not row.failed], start)
     missing = {library: why for library, why in absent.items() if has_side(library, name)}
     return Workload(module.TITLE, source, methods, rows, versions, missing)
@@ -209,9 +209,24 @@ def _method(module: Any, key: str, arrays: Arrays, remotes: Mapping[str, Remote]
             row.seconds = median(seconds[row.library])
             if BASE in seconds:
                 row.ratio = ratio(seconds, row.library, BASE)
-    for remote in timed.values():
-        remote.ask("drop", key=key)
+    for row in rows:
+        if row.library in timed:
+            if (
+                settings.device != "cpu"
+            ):  # the allocator of a GPU counts what lives in this process, whatever was before
+                put_memory(row, remotes[row.library])
+            remotes[row.library].ask("drop", key=key)
     return rows
+
+
+def put_memory(row: Row, remote: Remote) -> None:
+    """Measures the peak memory of a step."""
+    try:
+        found = remote.ask("memory", key=row.method)
+    except WorkerError as failure:
+        row.note = f"{row.note}; memory: {failure}".strip("; ")
+        return
+    row.peak, row.peak_kind, row.resident = found["peak"], found["kind"], found["resident"]
 
 
 def judge(row: Row, found: np.ndarray, reference: Reference, tolerance: float, passes: Mapping[str, int]) -> None:
@@ -245,11 +260,6 @@ def _memory(rows: Sequence[Row], start: Starter) -> None:
         return
     with start(rows[0].library) as remote:
         for row in rows:
-            try:
-                start.build(remote, row.method)
-                found = remote.ask("memory", key=row.method)
-                remote.ask("drop", key=row.method)
-            except WorkerError as failure:
-                row.note = f"{row.note}; memory: {failure}".strip("; ")
-                continue
-            row.peak, row.peak_kind, row.resident = found["peak"], found["kind"], found["resident"]
+            start.build(remote, row.method)
+            put_memory(row, remote)
+            remote.ask("drop", key=row.method)
