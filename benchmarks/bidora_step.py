@@ -339,7 +339,9 @@ def reference(model: nn.Module, inner: list[Tensor], outer: list[Tensor], batche
 
 
 def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
-    chosen = list(rows(arguments.inner_steps, not arguments.no_hand))
+    chosen = [
+        row for row in rows(arguments.inner_steps, not arguments.no_hand) if not (arguments.no_exact and row.eager)
+    ]
     models = {kind: setting.model(kind) for kind in dict.fromkeys(row.model for row in chosen)}
     cuda = setting.device == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
@@ -362,8 +364,6 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     for order in rotated(list(steps), arguments.rounds):
         for name in order:
             attention(models[by_name[name].model], "eager" if by_name[name].eager else "sdpa")
-            if cuda:
-                steps[name]()  # the caches are its own
             seconds[name].append(timed(steps[name], wait, arguments.repeats, cpu_time=arguments.cpu_time))
     del steps, models
     gc.collect()
@@ -416,7 +416,7 @@ def markdown(document: dict[str, Any]) -> str:
             "passes",
             "ms",
             "÷ LoRA's pass",
-            "a inner step",
+            "for each inner step",
             "asked for",
             "engine ÷ hand",
             "error",
@@ -482,15 +482,28 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="steps in a timing")
     parser.add_argument("--warm", type=int, default=3, help="outer steps before errors are taken")
     parser.add_argument("--no-hand", action="store_true", help="leave the hand-written loops out, but for PEFT's")
+    parser.add_argument(
+        "--no-exact", action="store_true", help="leave exact products out: they hold the gradient's graph"
+    )
+    parser.add_argument("--append", action="store_true", help="to what the JSON file holds")
     parser.add_argument("--memory", action="store_true", help="peak memory on the CPU too, by the profiler")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, where others use the machine too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path, help="put the tables between its marks 'cpu' or 'cuda'")
+    parser.add_argument("--show", type=Path, help="measure nothing: the tables of this JSON file")
     arguments = parser.parse_args()
+    if arguments.show:
+        document = json.loads(arguments.show.read_text(encoding="utf-8"))
+        print(markdown(document))
+        if arguments.page:
+            put(arguments.page, document["results"][0]["setting"]["device"], markdown(document))
+        return
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     document = {"device": device, "torch": torch.__version__, "rounds": arguments.rounds, "results": []}
+    if arguments.append and arguments.json and arguments.json.exists():
+        document["results"] = json.loads(arguments.json.read_text(encoding="utf-8"))["results"]
     for shape in arguments.shape:
         small = shape == "minilm"
         for tokens in arguments.tokens or ["16x96" if small else "4x512"]:
