@@ -5,12 +5,14 @@
     python -m benchmarks.growth inner tasks --device cuda --here --save         # with the libraries importable here
     python -m benchmarks.growth --page docs/benchmarks/growth.md                # page and pictures from what is kept
 
-Every library measures its lines in a process of its own, one library after another; ``--jobs`` runs axes side by side.
+Every library measures its lines in a process of its own, one library after another (with ``--here`` all in one);
+``--jobs`` runs axes side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -41,6 +43,7 @@ class Settings:
     device: str
     threads: int
     cpu_time: bool
+    together: bool = False
     rounds: int = 1
 
     @property
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str]) -> None:
     """Measures the axes, prints their tables and keeps what is to be kept."""
-    settings = Settings(options.budget, options.device, options.threads, options.cpu_time)
+    settings = Settings(options.budget, options.device, options.threads, options.cpu_time, options.here)
     pythons, absent = interpreters(options)
 
     def one(name: str) -> None:
@@ -107,7 +110,13 @@ def interpreters(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str
     pythons, absent = {}, {}
     for library in options.libraries:
         known = library if library in LIBRARIES else BORROWED[library]
-        python, why = find(known, options.environments, here=options.here, make=options.create)
+        if options.here:  # one process for all of them: what does not import fails there, with its reason
+            if importlib.util.find_spec(LIBRARIES[known].module) is None:
+                absent[library] = "not importable"
+            else:
+                pythons[library] = Path(sys.executable)
+            continue
+        python, why = find(known, options.environments, here=False, make=options.create)
         if python is None:
             absent[library] = why
             complain(f"{library}: {why}")
@@ -120,15 +129,21 @@ def measure(name: str, pythons: Mapping[str, Path], absent: Mapping[str, str], s
     """Returns ``rows``, ``versions`` and ``absent`` of an axis."""
     axis = AXES[name]
     rows = {line.key: row_of(line) for line in axis.lines if line.library in pythons}
-    versions = {}
-    for library in dict.fromkeys(line.library for line in axis.lines if line.library in pythons):
-        todo = [line.key for line in axis.lines if line.library == library]
+    versions: dict[str, dict[str, str]] = {}
+    # Libraries of one interpreter share a process, if it is not that of environments made for one each.
+    groups: dict[tuple[Path, str], list[str]] = {}
+    for line in axis.lines:
+        if line.library in pythons:
+            python = pythons[line.library]
+            own = "" if settings.together else line.library
+            groups.setdefault((python, own), []).append(line.key)
+    for (python, own), keys in groups.items():
+        started, todo = time.perf_counter(), keys
         while todo:
-            started = time.perf_counter()
-            found, status = worker(name, library, pythons[library], todo, settings)
+            found, status = worker(name, python, todo, settings)
             for key in found["lines"]:
                 rows[key] |= found["lines"][key]
-            versions[library] = found["versions"]
+            versions |= found["versions"]
             begun = [key for key in todo if key in found["lines"]]
             if status == 0:
                 break
@@ -137,7 +152,7 @@ def measure(name: str, pythons: Mapping[str, Path], absent: Mapping[str, str], s
             rows[broken]["failed" if not rows[broken]["points"] else "stopped"] = f"the process ended: status {status}"
             rows[broken]["at"] = rows[broken]["at"] or next_value(axis, broken, rows[broken], settings)
             todo = todo[todo.index(broken) + 1 :]
-        complain(f"{name}: {library}, {time.perf_counter() - started:.0f} s")
+        complain(f"{name}: {own or 'all libraries'}, {time.perf_counter() - started:.0f} s")
     used = {line.library for line in axis.lines}
     return {
         "rows": list(rows.values()),
@@ -169,14 +184,12 @@ def row_of(line: Line) -> dict[str, Any]:
     }
 
 
-def worker(
-    axis: str, library: str, python: Path, lines: Sequence[str], settings: Settings
-) -> tuple[dict[str, Any], int]:
-    """Runs a library's lines in a process; returns what it has said, and its status."""
-    with tempfile.TemporaryDirectory(prefix=f"growth-{library}-") as folder:
+def worker(axis: str, python: Path, lines: Sequence[str], settings: Settings) -> tuple[dict[str, Any], int]:
+    """Runs lines in a process; returns what it has said, and its status."""
+    with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         out, spec = Path(folder) / "out.jsonl", Path(folder) / "spec.json"
         out.touch()
-        fields = {"axis": axis, "library": library, "lines": list(lines), "size": settings.size}
+        fields = {"axis": axis, "lines": list(lines), "size": settings.size}
         fields |= {"device": settings.device, "threads": settings.threads, "cpu_time": settings.cpu_time}
         spec.write_text(json.dumps({**fields, "seconds": settings.seconds, "out": str(out)}), encoding="utf-8")
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -204,11 +217,11 @@ def worker(
 def read(out: Path) -> dict[str, Any]:
     """Reads what a worker has written."""
     lines: dict[str, dict[str, Any]] = {}
-    versions: dict[str, str] = {}
+    versions: dict[str, dict[str, str]] = {}
     for text in out.read_text(encoding="utf-8").splitlines():
         found = json.loads(text)
         if "versions" in found:
-            versions = found["versions"]
+            versions |= found["versions"]
             continue
         row = lines.setdefault(found.pop("line"), {"points": []})
         if "seconds" in found:

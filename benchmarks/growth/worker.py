@@ -1,6 +1,6 @@
-"""Measures lines of one axis for one library: ``python -m benchmarks.growth.worker FILE``.
+"""Measures lines of one axis: ``python -m benchmarks.growth.worker FILE``.
 
-The file holds ``{"axis", "library", "lines", "size", "device", "threads", "cpu_time", "seconds", "out"}``; every
+The file holds ``{"axis", "lines", "size", "device", "threads", "cpu_time", "seconds", "out"}``; every
 measurement is a line of JSON in ``out``. A line goes on to larger sizes until a step takes longer than ``seconds``, or
 is about to take more memory than there is.
 """
@@ -47,7 +47,8 @@ def main() -> None:
             out.write(json.dumps(fields) + "\n")
             out.flush()
 
-        say(versions=versions(spec["library"]))
+        libraries = dict.fromkeys(axis.line(key).library for key in spec["lines"])
+        say(versions={library: versions(library) for library in libraries})
         for key in spec["lines"]:
             say(line=key)
             for found in measure(axis, axis.line(key), run, spec["seconds"], cpu_time=spec["cpu_time"]):
