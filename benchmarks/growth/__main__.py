@@ -194,6 +194,8 @@ def worker(axis: str, python: Path, lines: Sequence[str], settings: Settings) ->
         spec.write_text(json.dumps({**fields, "seconds": settings.seconds, "out": str(out)}), encoding="utf-8")
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         limits = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        if settings.device == "cpu":  # else the peak of memory would be asked of a GPU, once one is in use
+            limits["CUDA_VISIBLE_DEVICES"] = ""
         log = Path(folder) / "log.txt"
         with open(log, "wb") as stream:
             process = subprocess.Popen(

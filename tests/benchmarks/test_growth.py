@@ -121,7 +121,7 @@ def test_where_a_line_ends() -> None:
     at = {"x": 10, "seconds": 0.1, "bytes": 1000}
     assert worker.too_much(at, 100, SMALL, seconds=1.0) == ""
     assert "0.5 s at 10" in worker.too_much({**at, "seconds": 0.5}, 100, SMALL, seconds=1.0)
-    assert "took 3 s" in worker.too_much({**at, "seconds": 3.0}, 20, SMALL, seconds=1.0)
+    assert "took 3 s" in worker.too_much({**at, "seconds": 3.0}, 11, SMALL, seconds=1.0)
     assert "MiB at 10" in worker.too_much({**at, "bytes": 2**40}, 100, SMALL, seconds=1.0)
 
 
