@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.double_backward import second_derivative_errors
 from bilevel.errors import ConfigError
 from bilevel.functional import Evaluate, dense_gradient, gradient, leaves
 from bilevel.hypergrad.base import InnerProblem, InnerStep, Pullback, Response, State
 from bilevel.hypergrad.inner_updates import InnerUpdates, Trajectory
+from bilevel.hypergrad.mixed_product import pulled_back
 from bilevel.hypergrad.unrolled_forward import forward_response
 from bilevel.optim import pulled_linear
 from bilevel.result import SolveInfo, Status
@@ -153,7 +153,7 @@ def _pull_step(
             grads = kept.gradient
         direct, field, memory = _pull_update(step, grads, inner_bar, memory_bar)
         inputs = (() if oldest else point) + outer
-        pulled = _pull_gradient(step, grads, field, inputs, retain=kept is not None)
+        pulled = pulled_back(objective, grads, field, inputs, retain=kept is not None)
         if oldest:
             return (), (), pulled
         inner, more = promote(pulled[: len(point)]), pulled[len(point) :]
@@ -180,19 +180,11 @@ def _pull_update(
     return pulled[:first], pulled[first:second], pulled[second:]
 
 
-def _pull_gradient(step: InnerStep, grads: Tensors, bars: Tensors, inputs: Tensors, *, retain: bool) -> Tensors:
-    if any(grad.requires_grad for grad in grads):
-        step.objective.passes.backward += 1
-    with second_derivative_errors(step.objective.name):
-        pulled = _cotangents(grads, bars, inputs, retain=retain)
-    return step.objective.reduce(pulled)
-
-
-def _cotangents(outputs: Sequence[Tensor], bars: Tensors, inputs: Tensors, *, retain: bool = False) -> Tensors:
+def _cotangents(outputs: Sequence[Tensor], bars: Tensors, inputs: Tensors) -> Tensors:
     """Returns ``Jᵀ bar``, with zeros for inputs that reach no output."""
     pairs = [(one, bar.to(one.dtype)) for one, bar in zip(outputs, bars, strict=True) if one.requires_grad]
     if not pairs or not inputs:
         return zeros_like(inputs)
     heads, cotangents = zip(*pairs, strict=True)
-    found = torch.autograd.grad(heads, inputs, cotangents, retain_graph=retain, allow_unused=True)
+    found = torch.autograd.grad(heads, inputs, cotangents, allow_unused=True)
     return dense_gradient(found, inputs)
