@@ -489,7 +489,7 @@ def differences(kernels: type[PlainKernels], dtype: torch.dtype, device: str, to
         for bias in (False, True):
             for factors in (dtype, torch.float32):
                 tensors, weight, shift = layer_tensors(
-                    count, shape, rows, rank, bias=bias, special=bias and dtype == torch.float32
+                    count, shape, rows, rank, bias=bias, special=dtype == torch.float32
                 )
                 low = {name: t.to(device, dtype if name == "x" else factors) for name, t in tensors.items()}
                 base, b = weight.to(device, dtype), None if shift is None else shift.to(device, dtype)
