@@ -42,6 +42,9 @@ METHODS = [
     *(name for name in available_methods() if name != "minres"),
     # Unfinished iterations on an indefinite Hessian magnify rounding, which differs between devices.
     {"method": "minres", "damping": 1.0},
+    {"method": "identity", "center": "old"},
+    {"method": "finite_difference", "center": "old", "difference": "forward"},
+    {"method": "one_step", "memory": "graph"},
     {"method": "unrolled", "memory": "graph"},
     {"method": "unrolled", "mode": "forward"},
     {"method": "conjugate_gradient", "damping": 1.0, "warm_start": True, "preconditioner": "optimizer"},
