@@ -10,11 +10,15 @@ from torch import Tensor
 
 from benchmarks.peers.side import Method, Reference, Task
 
-__all__ = ["Point", "exact_solve", "implicit", "new_inner"]
+__all__ = ["IndefiniteError", "Point", "exact_solve", "implicit", "new_inner"]
 
 RTOL, CAP = 1e-11, 20_000
 _SOLVED: dict[bytes, Tensor] = {}  # by the gradients of both losses: the methods of a workload share a point
 Operator = Callable[[Tensor], Tensor]
+
+
+class IndefiniteError(ValueError):
+    """There is no minimum here whose movement an implicit hypergradient could describe."""
 
 
 class Point:
@@ -98,7 +102,7 @@ def conjugate_gradient(operator: Operator, v: Tensor, cap: int, rtol: float, *, 
         image = operator(p)
         curvature = p @ image
         if curvature <= 0 and not stale:
-            raise ValueError("the inner Hessian is not positive definite at the workload's point")
+            raise IndefiniteError("the inner Hessian is not positive definite at the workload's point")
         before, q, r = r, q + rr / curvature * p, r - rr / curvature * image
         new = r @ r
         p, rr = (before if stale else r) + new / rr * p, new
