@@ -119,6 +119,14 @@ def test_negative_curvature_ends_a_compiled_solve_as_it_ends_another() -> None:
         torch.testing.assert_close(found.grad, expected.grad)
 
 
+def test_a_compiled_solve_that_is_cut_short_says_just_that() -> None:
+    """The looks at symmetry and curvature between iterations find nothing where there is nothing."""
+    sample = make_quadratic(8, 3, 100.0, 1.0, 3)
+    expected, found = (of(sample, made("conjugate_gradient", c, max_iterations=4)) for c in (False, FAST))
+    assert found.info.status is expected.info.status is Status.STOPPED_AT_CAP
+    assert found.info.residual == pytest.approx(expected.info.residual, rel=1e-8)
+
+
 def test_the_residual_stops_a_compiled_solve() -> None:
     sample = make_quadratic(8, 3, 100.0, 1.0, 3)
     loose, tight = (of(sample, made("conjugate_gradient", FAST, rtol=rtol)).info for rtol in (1e-1, 1e-10))
