@@ -218,9 +218,10 @@ def test_products_of_the_sum_of_chunks() -> None:
 
 def test_half_precision_is_that_of_the_pass() -> None:
     config = EngineConfig(progress=False, precision="bfloat16")
-    expected, _ = after(1, made=network(torch.float32), tasks=episodes(torch.float32), config=config)
-    found, _ = after(1, made=network(torch.float32), tasks=episodes(torch.float32), config=config, chunk_size=2)
-    full, _ = after(1, made=network(torch.float32), tasks=episodes(torch.float32), chunk_size=2)
+    tasks = episodes(torch.float32, tasks=4)  # a single task's products round in another order
+    expected, _ = after(1, made=network(torch.float32), tasks=tasks, config=config)
+    found, _ = after(1, made=network(torch.float32), tasks=tasks, config=config, chunk_size=2)
+    full, _ = after(1, made=network(torch.float32), tasks=tasks, chunk_size=2)
     assert close(found, expected, 1e-5)
     assert not close(full, expected, 1e-5)
 
@@ -361,7 +362,8 @@ def test_a_steps_memory_stays_in_the_budget(method: Any, tight: bool, monkeypatc
     choice = adaptation(wide).chunking
     assert choice is not None
     assert choice.size == 16
-    budget = choice.trials[2].peak + 1 if tight else max(trial.peak for trial in choice.trials)
+    peaks = [trial.peak for trial in choice.trials]
+    budget = (peaks[2] + peaks[3]) // 2 if tight else max(peaks)
     running = engine(budget)
     running.step()
     choice = adaptation(running).chunking

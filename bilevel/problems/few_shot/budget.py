@@ -138,9 +138,12 @@ def choose(
 
 
 def _expected(needs: Mapping[int, int], size: int) -> float:
-    """Returns the memory of a size by a straight line through the last two that are known, or through zero."""
+    """Returns the memory of a size by a straight line through the last one that is known and the one before, or zero.
+
+    What takes less: a single task goes another way, which may take less than a line through larger ones says.
+    """
     (before, low), (last, high) = [(0, 0), (0, 0), *needs.items()][-2:]
-    return high + (size - last) * (high - low) / max(1, last - before)
+    return high + (size - last) * min((high - low) / max(1, last - before), high / max(1, last))
 
 
 def _too_little(budget: int, least: int, given: bool, name: str) -> ConfigError:

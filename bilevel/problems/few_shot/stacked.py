@@ -94,6 +94,8 @@ def stacked_outputs(
         found: Tensor = functional_call(network, {**shared, **own}, (given,))
         return found
 
+    # Of one task alone, the layers' own operations are faster than those for many.
+    vectorized = vectorized and chunk_size != 1 and len(inputs) > 1
     if vectorized and has_batched_layers(network, inputs.device):
         with BatchedLayers():
             return _over_tasks(outputs, True, chunk_size)(stacked, inputs)
