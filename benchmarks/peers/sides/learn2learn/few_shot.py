@@ -5,6 +5,7 @@ The class is imported past the package's ``__init__`` modules, which import gym,
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -18,6 +19,7 @@ from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side
 from benchmarks.peers.workloads.few_shot import FewShot, Tasks
 
 
+@functools.cache
 def maml() -> Any:
     """Returns the class ``MAML``."""
     found = importlib.util.find_spec("learn2learn")
