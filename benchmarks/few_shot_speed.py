@@ -248,6 +248,8 @@ def sides(case: Case, *, every: bool) -> dict[str, Callable[[], Side]]:
         found["loop, higher"] = lambda: Higher(case)
     found["vmap by hand, all at once"] = lambda: Vmap(case)
     found["here, graphs kept, all at once"] = lambda: Ours(case, graph)
+    if case.problem == "conv" and case.device.type == "cpu":
+        found["here, graphs kept, one by one"] = lambda: Ours(case, graph, chunk_size=1)
     found["here, graphs kept, chunks auto"] = lambda: Ours(case, graph, chunk_size="auto")
     found["here, replay, all at once"] = lambda: Ours(case, replay)
     found["here, replay, chunks auto"] = lambda: Ours(case, replay, chunk_size="auto")
