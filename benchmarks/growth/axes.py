@@ -327,7 +327,7 @@ AXES = {
             Line("bilevel", "identity"),
             Line("bilevel", "conjugate_gradient"),
             Line("bilevel", "unrolled", GRAPH),
-            Line("bilevel", "forward"),
+            Line("bilevel", "forward", values=HUNDRED),
             Line("betty", "neumann"),
             Line("torchopt", "conjugate_gradient"),
             Line("higher", "unrolled", GRAPH),

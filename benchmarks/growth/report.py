@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.growth.axes import AXES, Run
 from benchmarks.peers.environments import LIBRARIES
-from benchmarks.peers.report import load, number, plain, save, scientific
+from benchmarks.peers.report import load, plain, save, scientific
 
 __all__ = ["RESULTS", "Fit", "draw", "fit", "lines_of", "load", "save", "with_results"]
 
@@ -82,6 +82,11 @@ def short(value: float) -> str:
     mantissa = value / 10**exponent
     power = f"10{str(exponent).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
     return power if math.isclose(mantissa, 1) else f"{mantissa:.3g}·{power}"
+
+
+def number(value: float) -> str:
+    """Returns three digits, without an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def method_label(line: Mapping[str, Any]) -> str:
@@ -201,7 +206,8 @@ def guides(axes: Any, ink: str) -> None:
 def pictures(name: str, result: Mapping[str, Any]) -> list[str]:
     """Returns the lines that show an axis's pictures, one for each theme."""
     text = f"Time and memory against {AXES[result['axis']].quantity}"
-    return [f"![{text}](growth-{name}-{theme}.svg#only-{theme})" for theme in ("light", "dark")]
+    lines = [f"![{text}](growth-{name}-{theme}.svg#only-{theme})" for theme in ("light", "dark")]
+    return ["On a GPU:", "", *lines] if result["device"] == "cuda" else lines
 
 
 def with_results(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
