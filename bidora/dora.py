@@ -259,6 +259,8 @@ def _base_obstacle(layer: LoraLinear) -> str | None:
         return f"the base layer is a {type(base).__name__}"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return "the base layer has hooks"
+    if "forward" in vars(base):
+        return "the base layer's forward is replaced"
     if len(layer.active_adapters) > 1:
         return f"{len(layer.active_adapters)} adapters are active"
     return None

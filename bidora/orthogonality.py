@@ -114,7 +114,10 @@ def _from_factors(gram: Tensor, half: Tensor, B: Tensor, squares: Tensor) -> Ten
     """
     inverse = _reciprocal(squares)
     scaled_half, scaled_B = inverse.unsqueeze(1) * half, inverse.unsqueeze(1) * B
-    own: Tensor = _SquaredForm.apply(gram, inverse)  # type: ignore[no-untyped-call]
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        own: Tensor = _SquaredForm.apply(gram, inverse)  # type: ignore[no-untyped-call]
+    else:
+        own = inverse @ _squared_product(gram, inverse)
     across = half.T @ scaled_B
     total = own + 4 * (scaled_B * (gram @ scaled_half)).sum()
     total = total + 2 * ((half.T @ scaled_half) * (B.T @ scaled_B)).sum() + 2 * (across * across.T).sum()

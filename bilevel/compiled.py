@@ -517,6 +517,9 @@ def _make_fx(function: Callable[..., Any], example: Sequence[Tensor]) -> fx.Grap
     traced: fx.GraphModule = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(
         *(part.detach() for part in example)
     )
+    # A write through a view is a node that nothing uses: as an operation of its own it is not taken for dead.
+    pure = torch.func.functionalize(traced, remove="mutations")
+    traced = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(*(part.detach() for part in example))
     traced.graph.eliminate_dead_code()
     return traced
 

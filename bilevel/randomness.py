@@ -5,7 +5,6 @@ Replayed between the passes of one derivative, left alone by everything that mus
 
 from __future__ import annotations
 
-import ctypes
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -54,38 +53,16 @@ def preserved(devices: Iterable[str]) -> Iterator[None]:
 
 
 class HostGenerators:
-    """The states of NumPy's and Python's global generators, to go back to.
-
-    NumPy makes the 624 words of its state one by one, 40 µs a time, which an outer step of a small model notices. So
-    they are read again only where the generator's memory has changed, which NumPy shows (``BitGenerator.ctypes``).
-    That memory does not hold the second of a pair of normal numbers that NumPy has drawn and not handed out: while
-    there is one, the state is read always.
-    """
+    """The states of NumPy's and Python's global generators, to go back to."""
 
     def __init__(self) -> None:
-        self._memory = b""
-        self._generator: object = None
-        self._words: Any = None
         self._numpy: dict[str, Any] = {}
         self._python: Any = None
 
     def take(self) -> None:
         """Keeps the present states."""
-        memory = self._numpy_memory()
-        if not memory or memory != self._memory or self._numpy["has_gauss"]:
-            self._numpy = np.random.get_state(legacy=False)
-            self._memory = memory
+        self._numpy = np.random.get_state(legacy=False)
         self._python = random.getstate()
-
-    def _numpy_memory(self) -> bytes:
-        """Returns what the memory of NumPy's generator holds, or nothing where it is not the Mersenne twister."""
-        generator = getattr(np.random.mtrand._rand, "_bit_generator", None)
-        if generator is not self._generator:
-            self._generator, self._words = generator, None
-            if type(generator) is np.random.MT19937:
-                words_and_place = ctypes.c_char * (4 * (624 + 1))
-                self._words = words_and_place.from_address(generator.ctypes.state_address)
-        return b"" if self._words is None else bytes(self._words.raw)
 
     def restore(self) -> None:
         """Puts the generators back into the states that were kept last."""

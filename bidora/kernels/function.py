@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bidora.kernels.plain import PlainKernels, split_factors
+from bidora.norm import autocast_off
 
 __all__ = ["Reference", "fused_dora_linear"]
 
@@ -152,6 +153,13 @@ class _DoraLinear(torch.autograd.Function):
 
 
 def _gradients(
+    ctx: Any, gradient: Tensor, needs_x: bool, needs_A: bool, needs_B: bool, needs_m: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    with autocast_off(gradient.device):  # a backward pass may run under the caller's
+        return _gradients_in_full(ctx, gradient, needs_x, needs_A, needs_B, needs_m)
+
+
+def _gradients_in_full(
     ctx: Any, gradient: Tensor, needs_x: bool, needs_A: bool, needs_B: bool, needs_m: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     x, weight, lora_A, lora_B, magnitude, bias, A, B, stats, projection, hidden, kept = ctx.saved_tensors

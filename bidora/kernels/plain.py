@@ -97,7 +97,7 @@ class PlainKernels:
         """Returns ``y = g ⊙ (base + s·hidden factorᵀ) + (1 − g) ⊙ bias``, (…, out) as base is, and no view."""
         scale = stats[0]
         with autocast_off(base.device):
-            low_rank = hidden.view(*base.shape[:-1], -1) @ factor.T
+            low_rank = hidden.view(*base.shape[:-1], hidden.shape[1]) @ factor.T
             wide = torch.add(base, low_rank, alpha=s).to(scale.dtype) * scale
             if bias is not None:
                 wide += (1 - scale) * bias

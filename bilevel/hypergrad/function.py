@@ -20,6 +20,7 @@ from bilevel.functional import (
 )
 from bilevel.hypergrad.base import Estimator, InnerProblem, State, refuse_without_state
 from bilevel.hypergrad.registry import as_estimator
+from bilevel.products import full_precision
 from bilevel.randomness import Replay, generator_devices
 from bilevel.result import Hypergradient
 from bilevel.structure import Structure, flatten
@@ -82,6 +83,13 @@ def hypergradient(
         refuse_without_state(estimator, "pass state={} at the first call, and result.state to the next")
     else:
         _check_state(state)
+    with full_precision():  # backward passes follow the caller's autocast as well
+        return _hypergradient(inner_loss, outer_loss, inner_params, outer_params, estimator, state)
+
+
+def _hypergradient(
+    inner_loss: Loss, outer_loss: Loss, inner_params: Any, outer_params: Any, estimator: Estimator, state: State | None
+) -> Hypergradient:
     inner, inner_structure, outer, outer_structure = variables(inner_params, outer_params)
     passes = PassCount()
     replay = Replay(generator_devices(inner + outer))

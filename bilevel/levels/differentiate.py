@@ -26,6 +26,7 @@ from bilevel.levels.response import (
 )
 from bilevel.optim import curvature_of
 from bilevel.problems.base import Problem
+from bilevel.products import full_precision
 from bilevel.randomness import Replay, States
 from bilevel.result import SolveInfo
 from bilevel.vector import Tensors
@@ -135,7 +136,8 @@ class Differentiator:
 
     def _product(self, name: str, estimator: Estimator, lower: InnerProblem, v: Tensors, state: State) -> Pullback:
         limited = lower if self.solve_timeout is None else self._limited(name, estimator, lower)
-        with self.gradients.activity(Work.RESPONSE, name, estimator.name):
+        # backward passes follow the caller's autocast as well
+        with self.gradients.activity(Work.RESPONSE, name, estimator.name), full_precision():
             return self.gradients.problems[name].respond(estimator, limited).pullback(v, state)
 
     def _limited(self, name: str, estimator: Estimator, lower: InnerProblem) -> InnerProblem:

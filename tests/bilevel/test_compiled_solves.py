@@ -426,3 +426,18 @@ def test_inductor_on_a_gpu(method: str) -> None:
     there = Sample(sample.kind, data, sample.outer.cuda(), sample.inner.cuda())
     expected, found = of(sample, made(method)), of(there, made(method, True))
     torch.testing.assert_close(found.grad.cpu(), expected.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_a_write_through_a_view_is_part_of_the_compiled_products() -> None:
+    def inner(w: Tensor, lam: Tensor) -> Tensor:
+        z = w * lam
+        z[0] = lam[0] * w[0] * 3
+        return z.pow(2).sum() + (w**4).sum()
+
+    w, lam = torch.tensor([0.5, -0.7, 1.1], dtype=torch.float64), torch.tensor([1.2, 0.4, -0.8], dtype=torch.float64)
+    outer = lambda w, lam: (w - 1).pow(2).sum()  # noqa: E731
+    expected, found = (
+        hypergradient(inner, outer, w, lam, ConjugateGradient(damping=3.0, compile=how)).grad
+        for how in (False, "aot_eager")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

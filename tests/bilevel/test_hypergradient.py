@@ -101,16 +101,16 @@ def test_methods_are_named_in_several_ways(given: Any, expected: Estimator) -> N
         (
             "neuman",
             UnknownNameError,
-            "unknown method 'neuman': did you mean 'neumann'? Choices: 'amigo', 'betty:cg', 'betty:darts',",
+            "unknown method 'neuman': did you mean 'neumann'? Choices: 'amigo', 'auto', 'betty:cg', 'betty:darts',",
         ),
         ("zzz", UnknownNameError, "unknown method 'zzz'. Choices:"),
         ({"method": "exakt"}, UnknownNameError, "did you mean 'exact'?"),
         (
             {"method": "neumann", "term": 3},
             UnknownNameError,
-            "'term': did you mean 'terms'? Choices: 'certificate', 'curvature', 'damping'",
+            "'term': did you mean 'terms'? Choices: 'certificate', 'compile', 'curvature', 'damping'",
         ),
-        ({"method": "identity", "terms": 3}, UnknownNameError, "Choices: none"),
+        ({"method": "identity", "terms": 3}, UnknownNameError, "Choices: 'center'"),
         ({"terms": 3}, ConfigError, "needs the key 'method', one of finite_difference"),
         ({"method": "neumann", "terms": -3}, ConfigError, "Neumann.terms must be an integer of at least 0"),
         (Neumann, ConfigError, "method must be an instance: write Neumann(), not Neumann"),
@@ -275,3 +275,20 @@ def test_nothing_is_read_from_the_default_dtype() -> None:
         torch.set_default_dtype(torch.float32)
     assert result.grad.dtype == torch.float32
     torch.testing.assert_close(result.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "method", ["finite_difference", "identity", {"method": "unrolled", "steps": 2, "learning_rate": 0.1}]
+)
+def test_autocast_of_the_caller_reaches_no_pass(method: object) -> None:
+    torch.manual_seed(0)
+    x, w, lam = torch.randn(16, 8), torch.randn(8, 4), torch.randn(8)
+
+    def inner(w: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        return ((x @ (lam.exp().unsqueeze(1) * w)).tanh() @ torch.ones(4, 3)).square().mean()
+
+    outer = lambda w, lam: (x @ w).square().mean()  # noqa: E731
+    expected = hypergradient(inner, outer, w, lam, method).grad
+    with torch.autocast("cpu", torch.bfloat16):
+        found = hypergradient(inner, outer, w, lam, method).grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -78,17 +78,16 @@ class Standing:
     @contextmanager
     def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Puts tensors into the places of :attr:`tensors`."""
-        before = list(self.tensors)
+        # What stands there now, which another swap may have put there.
+        before = [(table, name, table[name]) for places in self._places for table, name in places]
         try:
-            self._put(tensors)
+            for tensor, places in zip(tensors, self._places, strict=True):
+                for table, name in places:
+                    table[name] = tensor
             yield
         finally:
-            self._put(before)
-
-    def _put(self, tensors: Sequence[Tensor]) -> None:
-        for tensor, places in zip(tensors, self._places, strict=True):
-            for table, name in places:
-                table[name] = tensor
+            for table, name, tensor_before in before:
+                table[name] = tensor_before
 
 
 @dataclass

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bilevel import distributed
 from bilevel.data.episodes import TaskBatch, TaskSource
 from bilevel.errors import ConfigError, DataError, ParameterError
-from bilevel.functional import dense_gradient, derivatives
+from bilevel.functional import buffers_protected, dense_gradient, derivatives
 from bilevel.problems.base import ParameterSelection, Problem, select_parameters
 from bilevel.problems.few_shot.assessment import Assessment
 from bilevel.problems.few_shot.budget import SHARE, Chunking, choose, free_memory
@@ -508,7 +509,15 @@ class Adaptation(Problem):
             self._measuring = False
 
     def _choice(self, tasks: TaskBatch, budget: int, device: torch.device) -> Chunking:
-        with preserved({"cpu", str(device)}):
+        if distributed.size() > 1:  # ranks would measure different times, and take different chunks
+            raise ConfigError(f"problem {self.name!r}: give chunk_size as a number on several ranks")
+        parts = [
+            module
+            for root in (self.network, self.criterion)
+            if isinstance(root, nn.Module)
+            for module in root.modules()
+        ]
+        with preserved({"cpu", str(device)}), buffers_protected(parts):
             inner, (outer, _) = self._in_chunks(tasks), self.learner()._in_chunks(tasks)
             costs = Costs(inner, outer, self.steps, self.method, self.num_tasks, budget)
             given = self.memory_budget is not None

@@ -99,7 +99,14 @@ def stacked_outputs(
     if vectorized and has_batched_layers(network, inputs.device):
         with BatchedLayers():
             return _over_tasks(outputs, True, chunk_size)(stacked, inputs)
-    return _over_tasks(outputs, vectorized, chunk_size)(stacked, inputs)
+    if vectorized:
+        return _over_tasks(outputs, True, chunk_size)(stacked, inputs)
+    # The backward pass comes after the swap: what it evaluates again, it would evaluate at the wrong parameters.
+    with torch.autograd.graph.disable_saved_tensors_hooks(
+        "the network evaluates parts of itself again in the backward pass (activation checkpointing), where its "
+        "parameters are no task's any more: turn that off for few-shot learning"
+    ):
+        return _over_tasks(outputs, False, None)(stacked, inputs)
 
 
 def stacked_losses(
