@@ -84,10 +84,11 @@ def label(name: str) -> str:
 
 
 def front(found: list[Point]) -> list[Point]:
-    """Returns the methods that no other one beats in both, cheapest first."""
-    best, kept = math.inf, []
+    """Returns the methods that no other one beats, cheapest first; those that are alike in both with each other."""
+    best, kept = math.inf, list[Point]()
     for point in sorted((p for p in found if not p.failed), key=lambda p: (p.time, p.error)):
-        if point.error < best:
+        alike = bool(kept) and (point.time, point.error) == (kept[-1].time, kept[-1].error)
+        if point.error < best or alike:
             best = point.error
             kept.append(point)
     return kept
