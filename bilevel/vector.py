@@ -7,7 +7,7 @@ that splitting a tensor in two changes a result by rounding only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,11 +49,12 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum(dtype=torch.float64)
 
 
-def norm(vector: Sequence[Tensor]) -> Tensor:
+def norm(vector: Iterable[Tensor]) -> Tensor:
     """Returns the Euclidean norm as a float64 scalar tensor, without overflow or underflow for float32 entries.
 
     It has no derivative. No synchronisation with a device.
     """
+    vector = tuple(vector)
     if vector and not vector[0].is_cpu:
         return _device_norm([part.detach() for part in vector], torch.float64)
     return torch.tensor(length(vector), dtype=torch.float64)
