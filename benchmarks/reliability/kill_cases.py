@@ -117,7 +117,9 @@ def candidates() -> Iterator[dict[str, Any]]:
     for name, cls in available_methods().items():
         yield {"method": name}
         for field, default in cls.defaults().items():
-            values: tuple[Any, ...] = (not default,) if isinstance(default, bool) else ()
+            values: tuple[Any, ...] = (
+                (not default,) if isinstance(default, bool) and field != "compile" else ()
+            )  # a way to compute
             if field == "preconditioner":
                 values = ("optimizer", "nystrom")
             for value in values:

@@ -93,6 +93,8 @@ class Implicit(Estimator):
         check_choice(owner, "curvature", self.curvature, ("hessian", "gauss_newton"))
         check_choice(owner, "products", self.products, ("autodiff", "finite_difference", "field"))
         check_number(owner, "difference_step", self.difference_step, minimum=0.0, exclusive=True, auto=True)
+        if self.compile in ("true", "True", "false", "False"):  # from the command line, where a field may be a name too
+            object.__setattr__(self, "compile", self.compile in ("true", "True"))
         check_compile(owner, self.compile, self.products, self.curvature)
         object.__setattr__(self, "needs_double_backward", self.products != "finite_difference")
         object.__setattr__(self, "certificate", as_certificate(owner, self.certificate))
@@ -156,6 +158,8 @@ class Iterative(Implicit):
     def __post_init__(self) -> None:
         """Validates the shared fields."""
         super().__post_init__()
+        if self.warm_start in ("true", "True", "false", "False"):
+            object.__setattr__(self, "warm_start", self.warm_start in ("true", "True"))
         if not isinstance(self.warm_start, bool) and self.warm_start != "linear":
             raise ConfigError(
                 f"{type(self).__name__}.warm_start must be True, False or 'linear', not {self.warm_start!r}"

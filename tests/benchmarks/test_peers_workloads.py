@@ -27,6 +27,8 @@ OFFERED = [
     if (method, library) != ("implicit_5_16", "vmap")  # there is none
 ]
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 
 @pytest.fixture(scope="module")
 def arrays() -> dict[str, Arrays]:

@@ -33,7 +33,11 @@ def methods(*, graphs: bool) -> list[object]:
     """Every method; one of each kind of product in the fast tests."""
     more = [{"method": "minres", "damping": 1.0, "products": "finite_difference"}]
     every = [*FAST, *(method for method in [*METHODS, *more] if method not in FAST)]
-    kept = [method for method in every if graphs or not (isinstance(method, dict) and "memory" in method)]
+    kept = [
+        method
+        for method in every
+        if graphs or not (isinstance(method, dict) and ("memory" in method or method.get("center") == "old"))
+    ]
     return [pytest.param(m, id=str(m), marks=() if m in FAST else pytest.mark.slow) for m in kept]
 
 

@@ -53,6 +53,12 @@ class TestSteepestDescent(EstimatorContract):
         return 1, 2 + result.info.iterations
 
     def test_is_its_own_configuration(self) -> None:
-        shared = {"curvature": "hessian", "products": "autodiff", "difference_step": "auto", "certificate": None}
+        shared = {
+            "curvature": "hessian",
+            "products": "autodiff",
+            "difference_step": "auto",
+            "certificate": None,
+            "compile": False,
+        }
         assert self.default.describe() == {"method": "steepest_descent", "iterations": 60, **shared}
         assert self.default == SteepestDescent(60)

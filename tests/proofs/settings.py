@@ -79,6 +79,7 @@ _ALL = (
     Setting("neumann", lambda c: {"terms": 400}, solves=True, tolerance=1e-6),
     Setting("nystrom", lambda c: {"rank": 24, "damping": 1e-9 * c}, solves=True, tolerance=1e-5),
     Setting("identity", lambda c: {}, power=1),
+    Setting("auto", lambda c: {}, power=1),
     Setting("finite_difference", lambda c: {}, power=1, **ROUNDED),
     Setting("unrolled", lambda c: {"steps": 4, "learning_rate": 0.2 / c}),
     Setting("unrolled", lambda c: {"steps": 4, "learning_rate": 0.2 / c, "memory": "graph"}),

@@ -127,7 +127,7 @@ def test_parameters_in_float32(number: int, method: str) -> None:
 
 def test_every_registered_method_is_here() -> None:
     ours = {name for name, cls in available_methods().items() if cls.__module__.startswith("bilevel.hypergrad.")}
-    assert ours == {method.name for method in METHODS}
+    assert ours - {"auto"} == {method.name for method in METHODS}  # which is identity wherever it can be
 
 
 def run(method: NestMethod, level: str) -> None:
