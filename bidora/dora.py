@@ -18,6 +18,7 @@ Source: Liu et al. 2024 (arXiv 2402.09353), equation 5, without the detaching of
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -87,25 +88,8 @@ def dora_linear(
             with torch.no_grad():
                 base_result = F.linear(x, weight, bias)
         return fused_dora_linear(
-            x, weight, lora_A, lora_B, magnitude, scaling, bias, base_result, reference=_torch_dora_linear
+            x, weight, lora_A, lora_B, magnitude, scaling, bias, base_result, reference=_in_torch_operations
         )
-    return _torch_dora_linear(
-        x, weight, lora_A, lora_B, magnitude, scaling, bias, base_result=base_result, squared_norm=squared_norm
-    )
-
-
-def _torch_dora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    *,
-    base_result: Tensor | None = None,
-    squared_norm: Tensor | None = None,
-) -> Tensor:
     scale = dora_scale(magnitude, row_norm(weight, lora_A, lora_B, scaling, squared_norm=squared_norm))
     if base_result is None:
         base_result = F.linear(x.to(weight.dtype), weight, bias)
@@ -113,6 +97,9 @@ def _torch_dora_linear(
     # With g = 1 and B = 0 this is the base result to the last bit.
     shift = None if bias is None else (1 - scale) * bias
     return torch.addcmul(_low_rank(x, lora_A, lora_B, scaling * scale, shift), base_result, scale)
+
+
+_in_torch_operations = functools.partial(dora_linear, kernels="torch")
 
 
 def dora_linear_with_dropout(
@@ -188,7 +175,7 @@ class ExactDoraVariant(DoraLinearVariant):
         base = _base_layer(module)
         if self._is_fused(module, drops, x, weight, *factors, base.bias, result):
             return fused_dora_linear(
-                x.to(weight.dtype), weight, *factors, scaling, base.bias, result, reference=_torch_dora_linear
+                x.to(weight.dtype), weight, *factors, scaling, base.bias, result, reference=_in_torch_operations
             )
         squared_norm = _squared_norm(module, accumulation_dtype(weight, *factors))
         if drops:
