@@ -55,7 +55,7 @@ tutorials: $(VENV)/.test-installed  ## measure the tutorials' numbers and pictur
 differential: $(VENV)/.test-installed  ## compare with JAXopt, in an environment of its own
 	$(BIN)/python -m benchmarks.differential --environment .jaxopt-venv --create
 
-peers: $(VENV)/.test-installed  ## measure this library beside its peers, each in an environment of its own: an hour on two cores
+peers: $(VENV)/.test-installed  ## measure this library beside its peers, each in an environment of its own
 	$(BIN)/python -m benchmarks.peers --environments .peers-venvs --create --save
 	$(BIN)/python -m benchmarks.peers --page docs/benchmarks/index.md
 
