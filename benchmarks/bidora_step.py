@@ -1,7 +1,7 @@
 """What a step of BiDoRA costs in training passes of LoRA, and how far each way of taking it is off.
 
-    python benchmarks/bidora_step.py [--shape minilm] [--rounds 7] [--json FILE] [--page docs/benchmarks/bidora_step.md]
-    python benchmarks/bidora_step.py --device cuda --shape 1b 7b …
+    python -m benchmarks.bidora_step [--shape minilm] [--rounds 7] [--save] [--page docs/benchmarks/bidora_step.md]
+    python -m benchmarks.bidora_step --device cuda --shape 1b 7b …
 
 The unit is one forward and backward pass of PEFT's LoRA on the same batch, without an update. Beside it, in turn in
 one process: PEFT's DoRA and the exact one; one outer step of the engine, with both AdamW updates, for every way of
@@ -19,19 +19,19 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.dora_gpu import STACKS, Case, adapted, inputs
+from benchmarks.options import add_clock, add_results, keep, measures, named, new_parser
+from benchmarks.pages.results import RESULTS, load, write_page
 from benchmarks.peers.memory import peak_bytes
 from benchmarks.peers.timing import median, ratio, rotated, timed
 from bidora import BiDoRAConfig, Direction, Magnitude, get_bidora_model
@@ -39,7 +39,6 @@ from bidora.loading import load_model_and_tokenizer
 from bidora.orthogonality import orthogonality
 from bilevel import Callback, Engine, EngineConfig, Estimator, FiniteDifference, Identity
 
-DEFAULT_PAGE = Path("docs/benchmarks/bidora_step.md")
 EPSILON = 0.01  # BiDoRA's published default
 CENTRAL = FiniteDifference(epsilon=EPSILON)
 FORWARD = FiniteDifference(epsilon=EPSILON, difference="forward", center="old")
@@ -406,9 +405,9 @@ def title(setting: dict[str, Any], device: str) -> str:
     return f"{what}, r = {setting['rank']}, {setting['batch']} × {setting['length']} tokens, {where}"
 
 
-def markdown(document: dict[str, Any]) -> str:
+def lines_of(document: Mapping[str, Any]) -> list[str]:
     """Returns the page's tables."""
-    parts = []
+    lines: list[str] = []
     for result in document["results"]:
         memory = any(row["mib"] for row in result["rows"])
         head = [
@@ -422,7 +421,7 @@ def markdown(document: dict[str, Any]) -> str:
             "error",
             "cosine",
         ]
-        lines = [f"**{title(result['setting'], document['device'])}**", ""]
+        lines += [*([""] if lines else []), f"**{title(result['setting'], document['device'])}**", ""]
         lines += ["| " + " | ".join(head + ["MiB"] * memory) + " |", "|" + "---|" * (len(head) + memory)]
         for row in result["rows"]:
             each = row["ratio"]["median"] / row["inner_steps"]
@@ -455,55 +454,44 @@ def markdown(document: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells + [""] * memory) + " |")
         if result["out_of_memory"]:
             lines += ["", f"Out of memory: {'; '.join(result['out_of_memory'])}."]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def put(page: Path, key: str, text: str) -> None:
-    """Replaces what is between a page's marks."""
-    before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- results: {key} -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    if not (start and end):
-        raise SystemExit(f"{page} has no marks <!-- results: {key} --> and <!-- end -->")
-    page.write_text(f"{before}{start}\n{text}\n\n{end}{after}", encoding="utf-8")
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--shape", nargs="+", choices=["minilm", *STACKS], default=["minilm"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--tokens", nargs="+", help="sequences x tokens: 16x96, and 4x512 for stacks")
     parser.add_argument("--rate", type=float, help="1.5e-3, and 2e-4 for stacks")
     parser.add_argument("--gamma", type=float, help="weight of the orthogonality penalty: 1e-5, and 0 for stacks")
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--epsilons", type=float, nargs="*", default=[0.1, 1.0])
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=1, help="steps in a timing")
     parser.add_argument("--warm", type=int, default=3, help="outer steps before errors are taken")
     parser.add_argument("--no-hand", action="store_true", help="leave the hand-written loops out, but for PEFT's")
     parser.add_argument(
         "--no-exact", action="store_true", help="leave exact products out: they hold the gradient's graph"
     )
-    parser.add_argument("--append", action="store_true", help="to what the JSON file holds")
+    parser.add_argument("--append", action="store_true", help="to the results that are kept")
     parser.add_argument("--memory", action="store_true", help="peak memory on the CPU too, by the profiler")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, where others use the machine too")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--page", type=Path, help="put the tables between its marks 'cpu' or 'cuda'")
-    parser.add_argument("--show", type=Path, help="measure nothing: the tables of this JSON file")
+    add_clock(parser, rounds=7)
+    add_results(parser)
     arguments = parser.parse_args()
-    if arguments.show:
-        document = json.loads(arguments.show.read_text(encoding="utf-8"))
-        print(markdown(document))
-        if arguments.page:
-            put(arguments.page, document["results"][0]["setting"]["device"], markdown(document))
-        return
+    if measures(arguments):
+        run(arguments)
+    if arguments.page is not None:
+        write_page(arguments.page, lines_of)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, prints the tables and keeps what is to be kept, table by table."""
     warnings.simplefilter("ignore", FutureWarning)
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    document = {"device": device, "torch": torch.__version__, "rounds": arguments.rounds, "results": []}
-    if arguments.append and arguments.json and arguments.json.exists():
-        document["results"] = json.loads(arguments.json.read_text(encoding="utf-8"))["results"]
+    name = named("bidora_step", arguments.device)
+    document: dict[str, Any] = {"device": device, "torch": torch.__version__, "rounds": arguments.rounds, "results": []}
+    if arguments.append and (RESULTS / f"{name}.json").exists():
+        document["results"] = load(name)["results"]
     for shape in arguments.shape:
         small = shape == "minilm"
         for tokens in arguments.tokens or ["16x96" if small else "4x512"]:
@@ -513,12 +501,9 @@ def main() -> None:
             setting = Setting(shape, arguments.rank, batch, length, arguments.device, rate, gamma)
             started = time.perf_counter()
             document["results"].append(measure(setting, arguments))
-            print(markdown({**document, "results": document["results"][-1:]}), flush=True)
+            print(*lines_of({**document, "results": document["results"][-1:]}), sep="\n", flush=True)
             print(f"({time.perf_counter() - started:.0f} s)", flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if arguments.page:
-        put(arguments.page, arguments.device, markdown(document))
+            keep(name, document, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What compiling a solve saves: compiled products and iterations beside eager ones, and JAXopt's compiled step.
 
     python -m benchmarks.compiled [--size small] [--rounds 9] [--threads 1] [--cpu-time] [--device cuda]
-                                  [--environments DIR [--create]] [--data DIR] [--page docs/benchmarks/compiled.md]
+                                  [--environments DIR [--create]] [--data DIR]
+                                  [--save] [--page docs/benchmarks/compiled.md]
 
 One outer step of the reweighting workload (an MLP and a weight network over its per-example losses) by the engine with
 and without ``compile``, by a hand-written loop with the same number of passes, and by JAXopt, whose whole outer step is
@@ -24,9 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import add_clock, add_data, add_environments, add_results, keep, measures, named, new_parser
+from benchmarks.pages.results import write_page
 from benchmarks.peers.environments import find
 from benchmarks.peers.protocol import Remote, WorkerError
-from benchmarks.peers.report import about, save, scientific, with_results, without_paths
+from benchmarks.peers.report import about, lines_of, scientific, without_paths
 from benchmarks.peers.side import Method, NotOffered
 from benchmarks.peers.timing import median, ratio, rotated
 from benchmarks.peers.verdict import error
@@ -75,8 +78,8 @@ def options(method: Method, **more: Any) -> Method:
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Returns all rows."""
     pythons = {name: find(name, None, here=True, make=False)[0] for name in ("hand", "bilevel")}
-    if arguments.environments is not None and arguments.device == "cpu":
-        pythons["jaxopt"], why = find("jaxopt", arguments.environments, here=False, make=arguments.create)
+    if (arguments.environments is not None or arguments.here) and arguments.device == "cpu":
+        pythons["jaxopt"], why = find("jaxopt", arguments.environments, here=arguments.here, make=arguments.create)
         if why:
             print(f"JAXopt: {why}")
     rows: list[Row] = []
@@ -172,35 +175,34 @@ def key(row: Row) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("workloads", nargs="*", default=["reweighting"], help="of benchmarks.peers, functional ones")
     parser.add_argument("--size", default="full", choices=("small", "full"))
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=3, help="outer steps a round")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, where others use the machine too")
-    parser.add_argument("--environments", type=Path, help="folder with JAXopt's environment; none: no JAXopt")
-    parser.add_argument("--create", action="store_true", help="make that environment")
-    parser.add_argument("--data", type=Path, help="folder with mnist10k/data.npz")
-    parser.add_argument("--page", type=Path, help="a page with the markers of the table; the numbers go beside it")
-    options = parser.parse_args(arguments)
-    options.workloads = options.workloads or ["reweighting"]
+    add_clock(parser, rounds=15)
+    add_environments(parser)
+    add_data(parser)
+    add_results(parser)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    if measures(options):
+        run(options, given)
+    if options.page is not None:
+        write_page(options.page, lines_of)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> None:
+    """Measures, prints the tables and keeps what is to be kept."""
     started = time.perf_counter()
     rows = measure(options)
-    given = without_paths(list(arguments) if arguments is not None else sys.argv[1:])
-    told = about(given, time.perf_counter() - started, options, "benchmarks.compiled")
+    told = about(without_paths(given), time.perf_counter() - started, options, "benchmarks.compiled")
     lines = []
     for workload in dict.fromkeys(row.workload for row in rows):
         lines += [*table([row for row in rows if row.workload == workload]), ""]
     lines.append("; ".join(f"{name}: {value}" for name, value in told.items()) + ".")
     print("\n".join(lines))
-    if options.page is not None:
-        name = "compiled" if options.device == "cpu" else "compiled-gpu"
-        result = {"about": told, "lines": lines, "rows": [asdict(row) for row in rows]}
-        save(name, result, options.page.parent / "results" / f"{name}.json")
-        page = options.page.read_text(encoding="utf-8")
-        options.page.write_text(with_results(page, {name: result}), encoding="utf-8")
+    result = {"about": told, "lines": lines, "rows": [asdict(row) for row in rows]}
+    keep(named("compiled", options.device), result, options)
 
 
 if __name__ == "__main__":

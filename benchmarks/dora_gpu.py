@@ -1,7 +1,7 @@
 """What exact DoRA costs beside PEFT's LoRA and DoRA: one training pass of layers and of Llama-like stacks.
 
-    python benchmarks/dora_gpu.py [--shapes small layer wide 1b 7b] [--rank 8 64] [--precision autocast bfloat16]
-                                  [--tokens 4x512 8x1024] [--rounds 7] [--json FILE] [--page docs/benchmarks/dora.md]
+    python -m benchmarks.dora_gpu [--shapes small layer wide 1b 7b] [--rank 8 64] [--precision autocast bfloat16]
+                                  [--tokens 4x512 8x1024] [--rounds 7] [--save] [--page docs/benchmarks/dora.md]
 
 A pass is forward, backward to the adapters (and to the input of a single layer). All models are on the device at
 once and take turns; times are medians of ratios within a round, by CUDA events. Memory is the peak of a pass, the
@@ -15,22 +15,22 @@ import contextlib
 import copy
 import functools
 import gc
-import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from benchmarks.options import add_results, keep, measures, new_parser
+from benchmarks.pages.results import load, write_page
 from bidora import use_exact_dora
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("LoRA", "PEFT DoRA", "exact DoRA", "exact DoRA, torch")
 LAYERS = {"tiny": (64, 96), "small": (1024, 1024), "layer": (4096, 4096), "wide": (4096, 11008)}
 STACKS = {
@@ -284,46 +284,49 @@ def line(result: dict[str, object]) -> str:
     return "\n".join([case["name"], *cells])
 
 
-def tables(results: list[dict[str, object]]) -> str:
-    """Returns the page's tables, in Markdown."""
-    head = (
-        "| | LoRA, ms | PEFT DoRA | exact DoRA | torch path | PEFT DoRA ÷ exact "
-        "| memory, LoRA, MiB | PEFT DoRA | exact DoRA |"
-    )
-    lines = [head, "|" + "---|" * 9]
-    errors = ["| | exact DoRA | torch path | PEFT DoRA | LoRA |", "|---|---|---|---|---|"]
-    for result in results:
-        name, rows = result["case"]["name"], result["methods"]
-        lora, theirs, ours, torch_path = (rows.get(method) for method in METHODS)
-        faster = theirs["time_ratio"] / ours["time_ratio"]
-        cells = [
-            name, f"{lora['ms']:.2f}", f"{theirs['time_ratio']:.2f} ×", f"**{ours['time_ratio']:.2f} ×**",
-            f"{torch_path['time_ratio']:.2f} ×" if torch_path else "", f"{faster:.2f} ×", f"{lora['memory_mib']:.0f}",
-            *(f"{r['memory_ratio']:.2f} ×" if r["memory_ratio"] else "" for r in (theirs, ours)),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-        if ours["errors"]:
-            worst = [max(r["errors"].values()) if r and r["errors"] else None for r in (ours, torch_path, theirs, lora)]
-            errors.append("| " + " | ".join([name, *("" if w is None else f"{w:.1e}" for w in worst)]) + " |")
-    return "\n".join(lines) + "\n\nLargest relative error of the gradients of A, B and m:\n\n" + "\n".join(errors)
+def lines_of(document: Mapping[str, Any]) -> list[str]:
+    """Returns what the page shows; columns of which nothing was measured are left out."""
+    rows, errors = [], []
+    for result in document["results"]:
+        name, methods = result["case"]["name"], result["methods"]
+        lora, theirs, ours, torch_path = (methods.get(method, {}) for method in METHODS)
+        rows.append(
+            {
+                "": name,
+                "LoRA, ms": f"{lora['ms']:.2f}",
+                "PEFT DoRA": times(theirs["time_ratio"]),
+                "exact DoRA": f"**{times(ours['time_ratio'])}**",
+                "torch path": times(torch_path.get("time_ratio")),
+                "PEFT DoRA ÷ exact": times(theirs["time_ratio"] / ours["time_ratio"]),
+                "memory, LoRA, MiB": f"{lora['memory_mib']:.0f}" if lora.get("memory_mib") else "",
+                "memory, PEFT DoRA": times(theirs["memory_ratio"]),
+                "memory, exact DoRA": times(ours["memory_ratio"]),
+            }
+        )
+        sides = {"exact DoRA": ours, "torch path": torch_path, "PEFT DoRA": theirs, "LoRA": lora}
+        worst = {key: f"{max(row['errors'].values()):.1e}" if row.get("errors") else "" for key, row in sides.items()}
+        if any(worst.values()):
+            errors.append({"": name, **worst})
+    told = "{device}, torch {torch}, PEFT {peft}, {rounds} rounds".format(**document)
+    lines = [f"Measured on {told}{document.get('note', '')}.", "", *table(rows)]
+    if errors:
+        lines += ["", "Largest relative error of the gradients of A, B and m:", "", *table(errors)]
+    return lines
 
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+def times(value: float | None) -> str:
+    return f"{value:.2f} ×" if value else ""
 
 
-def write_page(page: Path, document: dict[str, object]) -> None:
-    """Replaces what is between the page's marks."""
-    text = page.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    measured = (
-        f"Measured on {document['device']}, torch {document['torch']}, PEFT {document['peft']}, "
-        f"{document['rounds']} rounds.\n\n{tables(document['results'])}"
-    )
-    page.write_text(f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}", encoding="utf-8")
+def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Returns rows in Markdown, without columns that are empty in all of them."""
+    heads = [head for head in rows[0] if any(row[head] for row in rows)]
+    cells = [heads, ["---"] * len(heads), *([row[head] for head in heads] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in cells]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--shapes", nargs="+", choices=[*LAYERS, *STACKS], default=["small", "layer", "wide", "1b", "7b"]
     )
@@ -331,30 +334,31 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["autocast", "bfloat16"], default=["autocast", "bfloat16"])
     parser.add_argument("--tokens", nargs="+", default=["8x1024"])
     parser.add_argument("--methods", nargs="+", choices=METHODS[1:], default=list(METHODS[1:]))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="each stack with gradient checkpointing as well")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--append", action="store_true", help="keep what the file of --json holds")
-    parser.add_argument("--page", type=Path, help="write the tables into this page")
-    parser.add_argument("--from-json", type=Path, help="measure nothing: the tables of this file")
+    parser.add_argument("--append", action="store_true", help="keep the rows that are kept")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    add_results(parser)
     arguments = parser.parse_args()
+    if measures(arguments):
+        run(arguments)
+    if arguments.page is not None:
+        write_page(arguments.page, lines_of)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, prints the tables and keeps what is to be kept."""
     warnings.simplefilter("ignore", FutureWarning)
-    if arguments.from_json:
-        document = json.loads(arguments.from_json.read_text(encoding="utf-8"))
-    else:
-        document = measured(arguments)
-        if arguments.append:
-            earlier = json.loads(arguments.json.read_text(encoding="utf-8"))
-            document["results"] = earlier["results"] + document["results"]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if arguments.page:
-        write_page(arguments.page, document)
+    name = "dora" if arguments.device == "cuda" else "dora-cpu"
+    document = measured(arguments)
+    print(*lines_of(document), sep="\n", flush=True)
+    if arguments.append:
+        document["results"] = load(name)["results"] + document["results"]
+    keep(name, document, arguments)
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, object]:
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     results = []

@@ -1,7 +1,7 @@
 """MAML's outer step: tasks together and in chunks, beside loops over tasks.
 
     python -m benchmarks.few_shot_speed [--problem sinusoid conv] [--tasks 16 64] [--steps 1 5] [--device cpu|cuda]
-        [--rounds 7] [--threads 1] [--cpu-time] [--every] [--json FILE [--page docs/tutorials/few_shot.md]]
+        [--rounds 7] [--threads 1] [--cpu-time] [--every] [--save] [--page docs/tutorials/few_shot.md]
 
 ``sinusoid``: regression from ten points, an MLP with two layers of 40 (Finn et al., 2017). ``conv``: 5-way 1-shot, 28 ×
 28 images, 5 query images a class, four blocks of a 3 × 3 convolution with 64 channels, batch normalisation, ReLU and
@@ -18,14 +18,11 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from benchmarks.options import add_clock, add_results, keep, measures, named, new_parser
+from benchmarks.pages.results import RESULTS, load, write_page
 from bilevel import ConjugateGradient, Engine, EngineConfig, Unrolled
 from bilevel.problems import Adaptation, MetaLearner, TaskBatch
 from bilevel.problems.few_shot.budget import measured_peak
@@ -327,19 +326,13 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def with_speed(page: str, known: Mapping[str, Any]) -> str:
-    """Returns a page with the tables of each device between ``<!-- speed: cpu -->`` and ``<!-- speed end -->``."""
-    for device, part in known.items():
-        about = part["about"]
-        text = [f"{about['machine']}, torch {about['torch']}:"]
-        for title, rows in part["tables"].items():
-            text += ["", f"**{title}**", "", *lines([Row(**row) for row in rows])]
-        pattern = rf"(<!-- speed: {device} -->\n).*?(<!-- speed end -->)"
-        shown = "\n".join(["", *text, "", ""])
-        page, count = re.subn(pattern, lambda match, shown=shown: match[1] + shown + match[2], page, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{count} places for the tables of {device!r}")
-    return page
+def lines_of(result: Mapping[str, Any]) -> list[str]:
+    """Returns what the page shows of a device."""
+    about = result["about"]
+    text = [f"{about['machine']}, torch {about['torch']}:"]
+    for title, rows in result["tables"].items():
+        text += ["", f"**{title}**", "", *lines([Row(**row) for row in rows])]
+    return text
 
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -356,21 +349,27 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--problem", nargs="+", choices=tuple(RATES), default=[*RATES])
     parser.add_argument("--tasks", nargs="+", type=int, default=[64])
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 5])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     parser.add_argument("--every", action="store_true", help="implicit methods and a fixed chunk size, too")
-    parser.add_argument("--json", type=Path, help="file for the numbers; others that are in it stay")
-    parser.add_argument("--page", type=Path, help="page to write the tables of that file into")
+    parser.add_argument("--append", action="store_true", help="tables that are kept and not measured now stay")
+    add_clock(parser, rounds=7)
+    add_results(parser)
     arguments = parser.parse_args()
+    if measures(arguments):
+        run(arguments)
+    if arguments.page is not None:
+        write_page(arguments.page, lines_of)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, prints the tables and keeps what is to be kept, case by case."""
     torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    tables = {}
+    name = named("few_shot_speed", arguments.device)
+    tables = load(name)["tables"] if arguments.append and (RESULTS / f"{name}.json").exists() else {}
     for problem in arguments.problem:
         for tasks in arguments.tasks:
             for steps in arguments.steps:
@@ -378,20 +377,7 @@ def main() -> None:
                 rows = measure(case, arguments.rounds, cpu_time=arguments.cpu_time, every=arguments.every)
                 tables[case.title()] = [vars(row) for row in rows]
                 print(f"\n{case.title()}\n", *lines(rows), sep="\n", flush=True)
-                if arguments.json:
-                    _write(arguments, tables)
-
-
-def _write(arguments: argparse.Namespace, tables: Mapping[str, Any]) -> None:
-    path: Path = arguments.json
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    device = torch.device(arguments.device).type
-    earlier = known.get(device, {"tables": {}})["tables"]
-    known[device] = {"about": about(arguments), "tables": {**earlier, **tables}}
-    path.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if arguments.page:
-        page: Path = arguments.page
-        page.write_text(with_speed(page.read_text(encoding="utf-8"), known), encoding="utf-8")
+                keep(name, {"device": arguments.device, "about": about(arguments), "tables": tables}, arguments)
 
 
 if __name__ == "__main__":

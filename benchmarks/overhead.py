@@ -1,14 +1,13 @@
 """What the engine costs beyond its passes: its time per outer step beside a hand-written torch loop's.
 
     python -m benchmarks.overhead [--pass-ms 0.2 5 20] [--rounds 15] [--threads 1] [--device cpu] [--cpu-time]
-                                  [--json] [--page]
+                                  [--save] [--page docs/benchmarks/overhead.md]
 
 All run in one process, in turns, on the same numbers: an MLP with weighted training examples (inner, SGD), whose
 weights are the outer problem (Adam). Its batch is chosen in the run, so that a forward and backward pass take about the
 milliseconds asked for. The loop does the same passes as the engine, which is asserted; so is that both find the same
 hypergradient, and end with the same parameters. It checks nothing, keeps no copy for a step that fails, and reports
-nothing. Prints a table in Markdown: medians; "without copy" is the ratio with ``restore_on_error=False``. With
-``--page`` the numbers go to ``benchmarks/results/overhead.json`` and into ``docs/benchmarks/overhead.md``.
+nothing. Prints a table in Markdown: medians; "without copy" is the ratio with ``restore_on_error=False``.
 """
 
 from __future__ import annotations
@@ -16,16 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import json
 import math
 import platform
-import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from benchmarks.options import add_clock, add_results, keep, measures, named, new_parser
+from benchmarks.pages.results import write_page
 from benchmarks.peers.report import processor
 from bilevel import (
     ConjugateGradient,
@@ -47,7 +45,6 @@ from bilevel import (
 )
 
 INNER_RATE, OUTER_RATE = 0.05, 0.01
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -389,44 +386,37 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write_page(result: dict[str, Any]) -> None:
-    """Writes the numbers, and the page that shows them."""
-    numbers = ROOT / "benchmarks" / "results" / f"{result['name']}.json"
-    numbers.parent.mkdir(exist_ok=True)
-    numbers.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page = ROOT / "docs" / "benchmarks" / "overhead.md"
-    text = "\n".join([*table(result["rows"]), "", result["source"]])
-    pattern = rf"(<!-- results: {result['name']} -->\n).*?(<!-- end -->)"
-    found, count = re.subn(
-        pattern, lambda match: f"{match[1]}\n{text}\n\n{match[2]}", page.read_text(encoding="utf-8"), flags=re.S
-    )
-    if count != 1:
-        raise ValueError(f"{page.name} has {count} places for the results {result['name']!r}")
-    page.write_text(found, encoding="utf-8")
+def lines_of(result: Mapping[str, Any]) -> list[str]:
+    """Returns what the page shows of a result."""
+    return [*table(result["rows"]), "", result["source"]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--pass-ms", type=float, nargs="+", default=[0.2, 5.0, 20.0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cpu-time", action="store_true", help="steadier where others use the machine too")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--page", action="store_true", help="write the numbers and the page")
+    add_clock(parser, rounds=15)
+    add_results(parser)
     arguments = parser.parse_args()
+    if measures(arguments):
+        run(arguments)
+    if arguments.page is not None:
+        write_page(arguments.page, lines_of)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, prints the table and keeps what is to be kept."""
     torch.set_num_threads(arguments.threads)
     keep_memory()
     host_clock = time.process_time if arguments.cpu_time else time.perf_counter
 
     def clock() -> float:
         if arguments.device != "cpu":
-            torch.get_device_module(arguments.device.partition(":")[0]).synchronize()
+            torch.cuda.synchronize()
         return host_clock()
 
     sizes = [Size.taking(milliseconds, clock, arguments.device) for milliseconds in arguments.pass_ms]
     rows = [measure(size, case, arguments.rounds, clock, arguments.device) for size in sizes for case in CASES]
-    where = processor() if arguments.device == "cpu" else torch.get_device_module("cuda").get_device_name()
+    where = processor() if arguments.device == "cpu" else torch.cuda.get_device_name()
     command = f"python -m benchmarks.overhead --pass-ms {' '.join(f'{ms:g}' for ms in arguments.pass_ms)}"
     command += f" --rounds {arguments.rounds} --threads {arguments.threads} --device {arguments.device}"
     source = (
@@ -434,10 +424,10 @@ def main() -> None:
         f"{torch.__version__}, {'processor time' if arguments.cpu_time else 'wall clock'}; the allocator keeps freed "
         "memory for both."
     )
-    if arguments.page:
-        kind = "" if arguments.device == "cpu" else f"-{arguments.device.partition(':')[0]}"
-        write_page({"name": f"overhead{kind}", "source": source, "rows": rows})
-    print(json.dumps(rows, indent=2) if arguments.json else "\n".join([*table(rows), "", source]))
+    name = named("overhead", arguments.device)
+    result = {"name": name, "source": source, "rows": rows}
+    print("\n".join(lines_of(result)))
+    keep(name, result, arguments)
 
 
 if __name__ == "__main__":

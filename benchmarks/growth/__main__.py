@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.growth.axes import AXES, Axis, Line, Run
-from benchmarks.growth.report import PICTURES, RESULTS, draw, lines_of, load, save, with_results
+from benchmarks.growth.report import draw, lines_of, name_on_page, shown
+from benchmarks.options import add_clock, add_environments, add_results, keep, measures, new_parser
+from benchmarks.pages.results import PAGES, kept, write_page
 from benchmarks.peers.environments import LIBRARIES, find
 from benchmarks.peers.report import about, complain, without_paths
 
@@ -53,34 +55,27 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     libraries = list(dict.fromkeys(line.library for axis in AXES.values() for line in axis.lines))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("axes", nargs="*", metavar="AXIS", help=f"of {', '.join(AXES)}; all without any")
     parser.add_argument("--budget", choices=("small", "full"), default="full")
     parser.add_argument("--libraries", nargs="+", choices=libraries, default=libraries)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="axes at a time: they share the memory's bandwidth")
-    parser.add_argument("--cpu-time", action="store_true", help="steadier where others use the machine too")
-    parser.add_argument("--environments", type=Path, help="folder of the libraries' environments")
-    parser.add_argument("--create", action="store_true", help="make with pip what is missing there")
-    parser.add_argument("--here", action="store_true", help="take the libraries that this interpreter can import")
-    parser.add_argument("--save", action="store_true", help=f"keep the results in growth/{RESULTS.name}/")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write the results there")
-    parser.add_argument("--page", type=Path, help="write kept results into this page and draw them; alone, only that")
+    add_clock(parser)
+    add_environments(parser)
+    add_results(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     unknown = [name for name in options.axes if name not in AXES]
     if unknown:
         parser.error(f"unknown axis {', '.join(unknown)}: there are {', '.join(AXES)}")
-    if options.page is None or options.axes or options.save:
+    if measures(options):
         run(options, options.axes or list(AXES), without_paths(given))
     if options.page is not None:
         from benchmarks.tutorials.study import picture  # needs SciPy and Matplotlib
 
-        kept = load(RESULTS)
-        options.page.write_text(with_results(options.page.read_text(encoding="utf-8"), kept), encoding="utf-8")
-        for name, result in kept.items():
-            picture(lambda figure, result=result: draw(result, figure), PICTURES / f"growth-{name}")
+        write_page(options.page, shown)
+        for name, result in kept(options.page.read_text(encoding="utf-8")).items():
+            picture(lambda figure, result=result: draw(result, figure), PAGES / name)
 
 
 def run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str]) -> None:
@@ -93,13 +88,9 @@ def run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str])
         found = measure(name, pythons, absent, settings)
         told = about(given, time.perf_counter() - started, settings, "benchmarks.growth")
         result = {"about": told, "axis": name, "device": options.device, **found}
-        key = name if options.device == "cpu" else f"{name}-{options.device}"
         text = "\n".join([f"## {AXES[name].title}", "", *lines_of(result), ""])
         print(text, flush=True)
-        if options.save:
-            save(key, result, RESULTS / f"{key}.json")
-        if options.json is not None:
-            save(key, result, options.json / f"{key}.json")
+        keep(name_on_page(name, options.device), result, options)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, names))

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.growth.axes import AXES, Run
+from benchmarks.options import named
 from benchmarks.peers.environments import LIBRARIES
-from benchmarks.peers.report import load, plain, save, scientific
+from benchmarks.peers.report import plain, scientific
 
-__all__ = ["RESULTS", "Fit", "draw", "fit", "lines_of", "load", "save", "with_results"]
-
-RESULTS = Path(__file__).parent / "results"
-PICTURES = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+__all__ = ["Fit", "draw", "fit", "lines_of", "name_on_page", "shown"]
 
 NAMES = {"vmap": "by hand, vmap", **{key: library.name for key, library in LIBRARIES.items()}}
 COLOURS = {
@@ -203,23 +199,16 @@ def guides(axes: Any, ink: str) -> None:
     axes.minorticks_off()
 
 
-def pictures(name: str, result: Mapping[str, Any]) -> list[str]:
-    """Returns the lines that show an axis's pictures, one for each theme."""
+def name_on_page(axis: str, device: str) -> str:
+    """Returns what an axis's results and pictures are called."""
+    return named(f"growth-{axis}", device)
+
+
+def shown(result: Mapping[str, Any]) -> list[str]:
+    """Returns what the page shows of an axis: pictures, one for each theme, and the table."""
     text = f"Time and memory against {AXES[result['axis']].quantity}"
-    lines = [f"![{text}](growth-{name}-{theme}.svg#only-{theme})" for theme in ("light", "dark")]
-    return ["On a GPU:", "", *lines] if result["device"] == "cuda" else lines
-
-
-def with_results(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a page's text with pictures and table of every result.
-
-    Raises:
-        ValueError: A result has no marker, or its marker is not closed.
-    """
-    for name, result in results.items():
-        pattern = rf"(<!-- results: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        text = "\n".join(["", *pictures(name, result), "", *lines_of(result), "", ""])
-        page, count = re.subn(pattern, lambda match, text=text: match[1] + text + match[2], page, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{count} places for the results {name!r}, each <!-- results: {name} --> … <!-- end -->")
-    return page
+    name = name_on_page(result["axis"], result["device"])
+    pictures = [f"![{text}]({name}-{theme}.svg#only-{theme})" for theme in ("light", "dark")]
+    if result["device"] == "cuda":
+        pictures = ["On a GPU:", "", *pictures]
+    return [*pictures, "", *lines_of(result)]

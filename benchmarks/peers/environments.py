@@ -9,6 +9,7 @@ wins.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import re
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LIBRARIES", "Library", "create", "find"]
+__all__ = ["LIBRARIES", "Library", "create", "find", "interpreters"]
 
 SHARED = ("torch", "numpy", "setuptools")
 
@@ -93,6 +94,19 @@ def find(library: str, folder: Path | None, *, here: bool, make: bool) -> tuple[
     if test.returncode:
         return None, f"does not import: {last_line(test.stderr)}"
     return python, ""
+
+
+def interpreters(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str, str]]:
+    """Returns the interpreter of each of ``--libraries``, and why there is none for the others, which it also tells."""
+    pythons, absent = {}, {}
+    for library in options.libraries:
+        python, why = find(library, options.environments, here=options.here, make=options.create)
+        if python is None:
+            absent[library] = why
+            print(f"{LIBRARIES[library].name}: {why}", file=sys.stderr, flush=True)
+        else:
+            pythons[library] = python
+    return pythons, absent
 
 
 def create(library: str, folder: Path) -> str:

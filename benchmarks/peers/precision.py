@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import statistics
 import sys
@@ -29,10 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.peers.environments import LIBRARIES, find
+from benchmarks.options import add_clock, add_data, add_environments, add_results, keep, measures, named, new_parser
+from benchmarks.pages.results import write_page
+from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.reference import IndefiniteError, Point, new_inner, solved, unflat
-from benchmarks.peers.report import about, complain, save, scientific, without_paths
+from benchmarks.peers.report import about, complain, lines_of, scientific, without_paths
 from benchmarks.peers.run import Settings, has_side
 from benchmarks.peers.side import Arrays, Method, NotOffered, Task
 from benchmarks.peers.timing import rotated
@@ -404,43 +405,33 @@ def lines(contenders: Sequence[Contender], source: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("workloads", nargs="*", default=["regularisation", "reweighting", "adapters"])
     parser.add_argument("--libraries", nargs="+", choices=tuple(LIBRARIES), default=["bilevel", *PEERS])
     parser.add_argument("--size", choices=("small", "full"), default="full")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--environments", type=Path)
-    parser.add_argument("--create", action="store_true")
-    parser.add_argument("--here", action="store_true")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--save", action="store_true")
+    add_clock(parser, rounds=5)
+    add_environments(parser)
+    add_data(parser)
+    add_results(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
+    if measures(options):
+        _run(options, given)
+    if options.page is not None:
+        write_page(options.page, lines_of)
+
+
+def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
     settings = Settings(options.size, options.rounds, options.threads, options.device, options.cpu_time, options.data)
-    pythons = {}
-    for library in options.libraries:
-        python, why = find(library, options.environments, here=options.here, make=options.create)
-        if python is None:
-            complain(f"{LIBRARIES[library].name}: {why}")
-        else:
-            pythons[library] = python
-    results = {}
-    for name in options.workloads or []:
+    pythons, _ = interpreters(options)
+    for name in options.workloads:
         started = time.perf_counter()
         present = {library: python for library, python in pythons.items() if has_side(library, name)}
-        result = measure(name, present, settings, options.steps)
+        found = measure(name, present, settings, options.steps)
         told = about(without_paths(given), time.perf_counter() - started, settings, module="benchmarks.peers.precision")
-        results[f"{name}-precision"] = {"about": told, **result}
-        print(f"## {name}\n", *result["lines"], "", sep="\n", flush=True)
-        if options.save:
-            save(f"{name}-precision", results[f"{name}-precision"])
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        print(f"## {name}\n", *found["lines"], "", sep="\n", flush=True)
+        keep(named(f"{name}-precision", options.device), {"about": told, **found}, options)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -18,9 +17,8 @@ import torch
 
 from benchmarks.peers.environments import LIBRARIES
 
-__all__ = ["RESULTS", "about", "lines_of", "load", "save", "with_results", "without_paths"]
+__all__ = ["about", "lines_of", "without_paths"]
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("method", "library", "passes", "ms a step", "to the loop by hand", "peak MiB", "error", "to the exact", "")
 
 
@@ -52,26 +50,6 @@ def processor() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def save(name: str, result: Mapping[str, Any], file: Path | None = None) -> Path:
-    """Writes a workload's result, a row a line."""
-    file = file or RESULTS / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for key, value in result.items():
-        if isinstance(value, list):
-            value_text = "[\n" + ",\n".join(f"  {_json(row)}" for row in value) + "\n ]"
-        else:
-            value_text = _json(value)
-        parts.append(f" {json.dumps(key)}: {value_text}")
-    file.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    return file
-
-
-def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Reads every workload's result."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def lines_of(result: Mapping[str, Any]) -> list[str]:
@@ -144,35 +122,8 @@ def plain(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def with_results(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a page's text with the table of every result whose marker it has.
-
-    Raises:
-        ValueError: A result has no marker, or its marker is not closed.
-    """
-    for name, result in results.items():
-        pattern = rf"(<!-- results: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        text = "\n".join(["", *lines_of(result), "", ""])
-        page, count = re.subn(pattern, lambda match, text=text: match[1] + text + match[2], page, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{count} places for the results {name!r}, each <!-- results: {name} --> … <!-- end -->")
-    return page
-
-
 def _order(seconds: float) -> float:
     return math.inf if math.isnan(seconds) else seconds
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_short(value), ensure_ascii=False)
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {key: _short(part) for key, part in value.items()}
-    return [_short(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def complain(text: str) -> None:

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from scipy import stats
+
+from benchmarks.pages import results
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "tutorials"
@@ -182,16 +183,10 @@ def with_results(page: str, study: Study) -> str:
     Raises:
         ValueError: A marker names no table of the study, or a table has no marker.
     """
-    marked = re.findall(r"<!-- results: (.+?) -->", page)
+    marked = [name for name in results.marks(page) if name not in results.kept(page)]  # those are other benchmarks'
     if sorted(marked) != sorted(study.tables):
         raise ValueError(f"the page has markers for {sorted(marked)}, the study tables {sorted(study.tables)}")
-    for name, table in study.tables.items():
-        pattern = rf"(<!-- results: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        text = "\n".join(["", *table.lines(), "", ""])
-        page, count = re.subn(pattern, lambda match, text=text: match[1] + text + match[2], page, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{count} places for table {name!r}, each of which ends with <!-- end -->")
-    return page
+    return results.with_texts(page, {name: table.lines() for name, table in study.tables.items()})
 
 
 def _is_study(path: Path) -> bool:

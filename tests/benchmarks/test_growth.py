@@ -1,10 +1,8 @@
-"""How cost grows: the fits, what is called wrong, where lines end, and that the page shows what was measured."""
+"""How cost grows: the fits, what is called wrong, and where lines end."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks.growth import worker
 from benchmarks.growth.axes import AXES, Line, Run
-from benchmarks.growth.report import RESULTS, STYLES, fit, lines_of, load, short, with_results
+from benchmarks.growth.report import STYLES, fit, lines_of, short
 from benchmarks.peers.side import Reference
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "growth.md"
 SMALL = Run("small", "cpu")
 
 
@@ -123,17 +120,3 @@ def test_where_a_line_ends() -> None:
     assert "0.5 s at 10" in worker.too_much({**at, "seconds": 0.5}, 100, SMALL, seconds=1.0)
     assert "took 3 s" in worker.too_much({**at, "seconds": 3.0}, 11, SMALL, seconds=1.0)
     assert "MiB at 10" in worker.too_much({**at, "bytes": 2**40}, 100, SMALL, seconds=1.0)
-
-
-# The page
-
-
-def test_the_page_shows_what_was_measured() -> None:
-    text, kept = PAGE.read_text(encoding="utf-8"), load(RESULTS)
-    assert with_results(text, kept) == text, "write it again: python -m benchmarks.growth --page …"
-    shown = set(re.findall(r"<!-- results: (.+?) -->", text))
-    assert set(kept) <= shown
-    for name in kept:
-        for theme in ("light", "dark"):
-            assert f"growth-{name}-{theme}.svg#only-{theme}" in text
-            assert (PAGE.parent / f"growth-{name}-{theme}.svg").exists()

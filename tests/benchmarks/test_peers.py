@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 import types
@@ -21,7 +20,7 @@ from benchmarks.peers.environments import share
 from benchmarks.peers.memory import peak_bytes
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.reference import implicit
-from benchmarks.peers.report import lines_of, load, with_results
+from benchmarks.peers.report import lines_of
 from benchmarks.peers.side import Method, NotOffered, Task
 from benchmarks.peers.sides.bilevel.implicit import build as build_library
 from benchmarks.peers.sides.hand.implicit import Loop
@@ -30,7 +29,6 @@ from benchmarks.peers.verdict import error, reason
 from benchmarks.peers.worker import Worker, answer, backward_counted
 from benchmarks.peers.workloads import regularisation
 
-ROOT = Path(__file__).resolve().parents[2]
 RATE = 0.05
 METHODS = {
     "identity": Method("identity"),
@@ -295,22 +293,6 @@ def test_a_run_of_exact_steps_and_what_suffices_there() -> None:
             for number in (count - 1, count)
         }
         assert errors[count] <= precision.LIMIT < errors[count - 1]
-
-
-def test_the_page_has_the_tables_of_the_results() -> None:
-    page = (ROOT / "docs" / "benchmarks" / "index.md").read_text(encoding="utf-8")
-    results = load()
-    assert results
-    assert with_results(page, results) == page
-    for result in results.values():
-        assert "/" not in result["about"]["command"].replace("--page docs/benchmarks/index.md", "")
-        for row in result["rows"]:
-            assert math.isfinite(row.get("own_error", 0.0)) or row["wrong"] or row["failed"]
-
-
-def test_a_result_without_a_marker_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 places for the results 'nowhere'"):
-        with_results("a page", {"nowhere": {"lines": ["a"]}})
 
 
 def test_unknown_workloads_are_refused_with_what_exists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.few_shot_speed import with_speed
 from bilevel import ConjugateGradient, Engine, EngineConfig, Neumann, Unrolled, hypergradcheck
 from bilevel.errors import ConfigError, LossError
 from bilevel.hypergrad.registry import as_estimator
@@ -544,15 +542,6 @@ GEOMETRY: Mapping[str, Any] = {"stride": 1, "padding": 0, "dilation": 1}
 
 def test_methods_of_the_table_exist() -> None:
     assert all(as_estimator(method) for method, _ in METHODS.values())
-
-
-def test_the_page_shows_what_was_measured() -> None:
-    page = PAGES / "few_shot.md"
-    known = json.loads((PAGES / "results" / "few_shot_speed.json").read_text(encoding="utf-8"))
-    assert with_speed(page.read_text(encoding="utf-8"), known) == page.read_text(encoding="utf-8")
-    assert set(known) == {"cpu", "cuda"}
-    with pytest.raises(ValueError, match="0 places for the tables of 'cpu'"):
-        with_speed("", {"cpu": known["cpu"]})
 
 
 # CUDA

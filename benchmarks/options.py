@@ -1,0 +1,73 @@
+"""The options that benchmark commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages.results import RESULTS, save
+
+__all__ = ["add_clock", "add_data", "add_environments", "add_results", "keep", "measures", "named", "new_parser"]
+
+
+def new_parser(text: str | None) -> argparse.ArgumentParser:
+    """Returns a parser that shows a module's docstring as it is."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_clock(parser: argparse.ArgumentParser, rounds: int | None = None, device: str = "cpu") -> None:
+    """Adds ``--rounds`` (unless None), ``--threads``, ``--device`` and ``--cpu-time``."""
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, where others use the machine too")
+
+
+def add_environments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--environments``, ``--create`` and ``--here``."""
+    parser.add_argument("--environments", type=Path, help="folder of the libraries' environments")
+    parser.add_argument("--create", action="store_true", help="make with pip what is missing there")
+    parser.add_argument("--here", action="store_true", help="take the libraries that this interpreter can import")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--data``."""
+    told = "folder with mnist10k/ and omniglot/; packaged or seeded data without"
+    parser.add_argument("--data", type=Path, help=told)
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--save``, ``--json`` and ``--page``."""
+    where = "/".join(RESULTS.parts[-3:])
+    parser.add_argument("--save", action="store_true", help=f"keep the results in {where}/, for the page")
+    parser.add_argument("--json", type=_folder, metavar="FOLDER", help="write the results there, too")
+    parser.add_argument(
+        "--page", type=Path, help="put the kept results into this page; without --save or --json nothing is measured"
+    )
+
+
+def measures(options: argparse.Namespace) -> bool:
+    """Whether a command measures, or only writes a page of what is kept."""
+    return options.page is None or options.save or options.json is not None
+
+
+def keep(name: str, result: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Writes a result where ``--save`` and ``--json`` want it."""
+    if options.save:
+        save(name, result)
+    if options.json is not None:
+        save(name, result, options.json)
+
+
+def named(name: str, device: str) -> str:
+    """Returns what results of a device are called: ``NAME``, or ``NAME-DEVICE`` on another one than the CPU."""
+    return name if device == "cpu" else f"{name}-{device}"
+
+
+def _folder(text: str) -> Path:
+    if text.endswith(".json") or Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file: give a folder, for NAME.json")
+    return Path(text)
