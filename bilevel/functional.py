@@ -310,10 +310,10 @@ def buffers_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Lets the body work on copies of the modules' own buffers, and then gives the buffers the copies' values.
 
     A graph that the body makes holds the copies, so that later passes, which change the buffers in place, leave it
-    valid.
+    valid. An expanded buffer, which torch lets nobody change in place, is its own copy.
     """
     kept = [(module, dict(module._buffers)) for module in modules if module._buffers]
-    copies = {id(b): b.clone() for _, buffers in kept for b in buffers.values() if b is not None}
+    copies = {id(b): b if _is_expanded(b) else b.clone() for _, bs in kept for b in bs.values() if b is not None}
     try:
         for module, buffers in kept:
             for name, buffer in buffers.items():
@@ -323,11 +323,17 @@ def buffers_apart(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module, buffers in kept:
             for name, buffer in buffers.items():
                 current = module._buffers[name]
-                if buffer is None or current is None or current is not copies[id(buffer)]:
+                if buffer is None or current is None or current is buffer or current is not copies[id(buffer)]:
                     continue  # the body put another tensor there: it stays
                 with torch.no_grad():
                     buffer.copy_(current)
                 module._buffers[name] = buffer
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 class ModuleObjective(Objective):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from bilevel.stepper import Scheduler
 
-__all__ = ["Copies", "Kept", "alike", "load_scheduler_state", "scheduler_state"]
+__all__ = ["Copies", "Kept", "alike", "load_scheduler_state", "once", "scheduler_state"]
 
 _CONSTANTS = frozenset((type(None), bool, int, float, str))
 
@@ -27,6 +27,21 @@ def alike(left: Tensor, right: Tensor) -> bool:
         and left.layout is right.layout
         and left.device == right.device
     )
+
+
+def once(into: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns both without the entries in which an expanded tensor repeats others: torch writes to none with repeats.
+
+    Args:
+        into: What is to be written to.
+        value: What it held: of its shape, and with the same repeats.
+    """
+    if into.layout is torch.strided and 0 in into.stride():
+        into, value = into.detach(), value.detach()
+        for dimension, (size, stride) in enumerate(zip(into.shape, into.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                into, value = into.narrow(dimension, 0, 1), value.narrow(dimension, 0, 1)
+    return into, value
 
 
 class Copies:
@@ -139,8 +154,10 @@ class Kept:
             self._put_parts(live, kept)
             return live
         if isinstance(kept, Tensor) and isinstance(live, Tensor) and alike(live, kept):
+            place, value = once(live, kept)
             with torch.no_grad():
-                return live.copy_(kept)
+                place.copy_(value)
+            return live
         return self._copied(kept)
 
     def _copied(self, value: Any, into: Any = None) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bilevel.data import BatchStream
 from bilevel.functional import PassCount
 from bilevel.loss_scale import LossScale
-from bilevel.optimizer_state import Copies, Kept, alike
+from bilevel.optimizer_state import Copies, Kept, alike, once
 from bilevel.problems import Problem
 from bilevel.randomness import HostGenerators, States, capture, restore
 
@@ -114,7 +114,8 @@ class Snapshot:
         for p, trainable in zip(self._owned, taken.trainable, strict=True):
             p.requires_grad_(trainable)
         copies = Copies()
-        copies.add_all(self._live, self._kept)
+        for live, kept in zip(self._live, self._kept, strict=True):
+            copies.add(*once(live, kept))
         copies.make()
         for state in self._optimizers.values():
             state.restore()

@@ -507,6 +507,56 @@ def test_any_exception_in_a_loss_leaves_the_state_before_the_step():
     assert same(before, state_of(engine))
 
 
+class Expanded(nn.Module):
+    """Has a buffer that repeats one number, and one that is stored row by row but repeats its columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.zeros(1).expand(3))
+        self.register_buffer("table", torch.arange(4.0)[:, None].expand(4, 3))
+
+    def forward(self, x):
+        return self.linear(x) + self.shift + x @ self.table
+
+
+@pytest.mark.parametrize("method", ["identity", "unrolled", {"method": "unrolled", "memory": "graph"}])
+def test_expanded_buffers_are_put_back_with_everything_else(method):
+    poison = (torch.full((16, 4), float("nan")), torch.zeros(16, dtype=torch.long))
+    for policy in ("raise", "skip"):
+        config = EngineConfig(progress=False, on_non_finite=policy)
+        engine = make(method, module=Expanded(), config=config, optimizer=adam(0.1))
+        buffer = engine.problems["classifier"].module.table
+        if method == "identity":  # what torch allows: a change of the numbers under the repeats
+            engine.problems["classifier"].optimizer.register_step_post_hook(lambda *_, b=buffer: b[:, :1].add_(0.1))
+        engine.step()
+        before = state_of(engine)
+        if policy == "raise":
+            with pytest.raises(NonFiniteError, match="the loss of problem 'decay' is nan"):
+                engine.step({"decay": poison})
+        else:
+            assert engine.step({"decay": poison}).skipped == "decay"
+        assert same(before, state_of(engine))
+        assert engine.problems["classifier"].module.table is buffer
+        assert buffer.stride() == (1, 0)
+        assert engine.step().skipped is None
+
+
+def test_an_optimiser_s_expanded_state_is_put_back():
+    def count(optimizer, *_):
+        for p in optimizer.param_groups[0]["params"]:
+            optimizer.state[p].setdefault("count", torch.zeros(1).expand(2))[:1].add_(1.0)
+
+    engine = make()
+    classifier = engine.problems["classifier"]
+    classifier.optimizer.register_step_post_hook(count)
+    engine.step()
+    poison = (torch.full((16, 4), float("nan")), torch.zeros(16, dtype=torch.long))
+    with pytest.raises(NonFiniteError):
+        engine.step({"decay": poison})
+    assert [slots["count"].tolist() for slots in classifier.optimizer.state.values()] == [[2.0, 2.0]] * 2
+
+
 def test_failed_solves_warn_raise_or_fall_back():
     """The inner loss has a saddle: conjugate gradients meet negative curvature."""
 
