@@ -13,8 +13,10 @@ import time
 
 import pytest
 
+from bilevel import EngineConfig
 from bilevel.errors import UnknownNameError
 from bilevel.interrupt import Shield, StopSignals, signals_kept_from_children
+from tests.bilevel.test_engine import make
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -236,6 +238,26 @@ def test_a_shield_is_open_again_after_a_handler_that_only_notes():
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
             shield.__exit__()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGQUIT", "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGURG"])
+def test_whatever_stops_a_run_comes_before_a_step_or_after_it(name, monkeypatch):
+    """The second of two signals raises: here they come when parameters have changed and the step is not counted yet."""
+    engine = make(config=EngineConfig(progress=False, stop_signals=(name,)))
+    number, drop = signal.Signals[name], engine._snapshot.drop
+
+    def interrupted():
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        drop()
+
+    monkeypatch.setattr(engine._snapshot, "drop", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match=f"{number.name}, after {number.name}"):
+        engine.run(3)
+    assert engine.step_count == 1
+    assert engine.problems["classifier"].num_updates == 2
+    assert signal.getsignal(number) == before
 
 
 def test_signals_at_any_instant_leave_a_shielded_state_whole(monkeypatch):
