@@ -54,6 +54,21 @@ class Average(nn.Module):
         return x * self.scale
 
 
+class Codebook(nn.Module):
+    """Adds a moving average that it writes through ``.data``, of which autograd's versions tell nothing."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.data.copy_(0.9 * self.mean + x.detach().mean(0))
+        return x * (1 + self.mean.clone())
+
+
 class Checkpointed(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -69,6 +84,7 @@ def hidden(kind: str) -> list[nn.Module]:
         "dropout": [nn.Tanh(), nn.Dropout(0.5)],
         "batch norm": [nn.BatchNorm1d(8), nn.Tanh()],
         "buffer in the graph": [nn.Tanh(), Average()],
+        "codebook": [nn.Tanh(), Codebook()],
         "checkpoint": [Checkpointed(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.3)))],
     }
     return layers[kind]
@@ -115,7 +131,7 @@ def run(engine: Engine, steps: int = 3) -> tuple[list[Tensor], list[tuple[int, i
     return [*state_of(engine), torch.get_rng_state()], passes
 
 
-KINDS = ["plain", "dropout", "batch norm", "buffer in the graph", "checkpoint"]
+KINDS = ["plain", "dropout", "batch norm", "buffer in the graph", "codebook", "checkpoint"]
 
 
 @pytest.mark.parametrize("steps", [None, 2])
@@ -148,7 +164,7 @@ def test_forward_mode_equals_reverse_mode(kind: str, optimizer: str, steps: int 
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "buffer in the graph"])  # buffers are constants
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("buffer in the graph", "codebook")])  # constants here
 def test_equals_central_differences_of_the_whole_step(kind: str) -> None:
     engine = make(Unrolled(memory="graph"), kind, steps=3)
     torch.manual_seed(7)
