@@ -436,6 +436,38 @@ def test_a_run_goes_on_from_a_file_with_the_chunks_it_had(tmp_path: Path, monkey
     assert not all(torch.equal(a, b) for a, b in zip(watched(other).parameters, theirs, strict=True))
 
 
+@pytest.mark.parametrize("given", [2, None])
+def test_a_size_that_is_given_stays_whatever_file_is_loaded(
+    given: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bilevel.problems.few_shot.measurement.Costs.seconds", lambda costs, size: abs(size - 1) + 1.0)
+    chosen, fixed = engine_of(chunk_size="auto"), engine_of(chunk_size=given)
+    chosen.run(2)
+    chosen.save(tmp_path / "chosen.ckpt")
+    fixed.load(tmp_path / "chosen.ckpt")
+    assert len(adaptation(fixed).chunks()) == (1 if given is None else 3)
+    assert adaptation(fixed).chunking is None
+    reports = [engine.step().losses for engine in (chosen, fixed)]
+    assert reports[0] == pytest.approx(reports[1], rel=1e-9)
+    # And from there to a run that chooses: what was chosen once, or what is found now
+    fixed.save(tmp_path / "fixed.ckpt")
+    again = engine_of(chunk_size="auto")
+    again.load(tmp_path / "fixed.ckpt")
+    choice = adaptation(again).chunking
+    assert choice is not None
+    assert (choice.size, choice.trials) == (1, ())
+    never = engine_of(chunk_size=given)
+    never.step()
+    never.save(tmp_path / "never.ckpt")
+    chosen.load(tmp_path / "never.ckpt")
+    assert adaptation(chosen).chunking is None
+    chosen.step()
+    choice = adaptation(chosen).chunking
+    assert choice is not None
+    assert choice.size == 1
+    assert choice.trials
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

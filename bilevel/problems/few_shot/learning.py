@@ -223,7 +223,8 @@ class Adaptation(Problem):
         chunk_size: How many tasks to evaluate together; None for all. Passes, products and solves go chunk by chunk,
             each of which has its graph freed before the next one is evaluated. ``"auto"``: the size that takes
             least time among those that stay in the memory budget, see :attr:`chunking`. It is measured before the first
-            update, kept from then on and saved with the engine's state.
+            update, kept from then on and saved with the engine's state. A state loads whatever the size was when it was
+            saved: a number or None given here stays, and ``"auto"`` takes the size that was chosen, or chooses.
         memory_budget: What a chunk may take beside parameters and displacements, in bytes, where the size is chosen;
             half of the memory that is free by default.
         vectorized: Whether to evaluate tasks together, by ``torch.func.vmap``. False is for networks that cannot be:
@@ -279,8 +280,7 @@ class Adaptation(Problem):
         warn_of_shared_classes(name, tasks, held_out)
         self.num_tasks = len(batch_of(tasks, 0, name).support_targets)
         zeros = {key: _zeros(self.num_tasks, value) for key, value in adapting.items()}
-        module = Displacements(zeros, keeps_chunk=chunk_size == "auto")
-        super().__init__(module, optimizer=optimizer, reset="initial", **settings)
+        super().__init__(Displacements(zeros), optimizer=optimizer, reset="initial", **settings)
         refuse_settings(self, "accumulate", "start", "stop")
         self.criterion, self.proximal = criterion, proximal
         self.chunk_size, self.memory_budget, self.vectorized = chunk_size, memory_budget, vectorized

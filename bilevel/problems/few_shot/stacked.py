@@ -39,21 +39,22 @@ class Mirror(nn.Module):
 
 
 class Displacements(Mirror):
-    """Displacements, and the number of the batch of tasks that they are for: -1 before the first.
+    """Displacements, the number of the batch of tasks that they are for, and the chunk size that was chosen.
+
+    The number is -1 before the first batch, the size 0 as long as none was chosen. Both are buffers whether sizes are
+    chosen or not, so that a state can be loaded with either.
 
     Args:
         values: The values by name.
-        keeps_chunk: Whether to keep the chunk size that was chosen, too: 0 before it was.
     """
 
     number: Tensor
     chunk: Tensor
 
-    def __init__(self, values: Mapping[str, Tensor], *, keeps_chunk: bool = False) -> None:
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__(values)
         self.register_buffer("number", torch.tensor(-1))
-        if keeps_chunk:
-            self.register_buffer("chunk", torch.tensor(0))
+        self.register_buffer("chunk", torch.tensor(0))
 
 
 class RatedNetwork(nn.Module):
