@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from bilevel.compiled import CompiledGraph, check_compile, graph_kind
 from bilevel.errors import ConfigError
@@ -29,9 +32,39 @@ from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_number
 from bilevel.vector import Tensors, axpy, is_finite, norm, promote, scale, subtract
 
-__all__ = ["Implicit", "Iterative", "System"]
+__all__ = ["Implicit", "Iterative", "System", "Variables"]
 
 SOLUTION, BEFORE = "solution", "solution_before"
+
+
+@dataclass(frozen=True)
+class Variables:
+    """All inner variables, and which of them a system is over: those that reach the loss on its batch.
+
+    What a method keeps is over all of them, since on the next batch others may reach the loss (experts, a branch).
+
+    Attributes:
+        like: A vector over all inner variables.
+        active: Which of them reach the loss.
+    """
+
+    like: Tensors
+    active: tuple[bool, ...]
+
+    def select(self, parts: Sequence[Tensor]) -> Tensors:
+        """Returns the parts of active variables."""
+        return tuple([part for part, active in zip(parts, self.active, strict=True) if active])
+
+    def spread(self, parts: Tensors, others: Callable[[int, Tensor], Tensor]) -> Tensors:
+        """Returns parts over all variables: those that are given, and others at the places of inactive variables.
+
+        Args:
+            parts: One for each active variable.
+            others: Returns the part for a place, where a variable like the given one is inactive.
+        """
+        given = iter(parts)
+        pairs = enumerate(zip(self.like, self.active, strict=True))
+        return tuple([next(given) if active else others(place, like) for place, (like, active) in pairs])
 
 
 @dataclass(frozen=True)
@@ -42,9 +75,10 @@ class System:
         operator: The product with ``H + δI``; every call is counted.
         v: The right-hand side, rescaled by a power of two to a norm near 1.
         epsilon: Relative round-off of the products.
+        variables: All inner variables, of which the system is over the active ones.
         start: The solution of the call before, in the same scale, where the method starts from it.
         diagonal: What the inner optimiser takes for the diagonal of H, or None.
-        state: What the method kept at its last call.
+        state: What the method kept at its last call, when other variables may have been active.
         transposed: Whether products are with the transposed Jacobian of the inner gradient; if not, the system is the
             right one for a symmetric Jacobian only.
         compiled: Compiles an iteration with its product, where products are compiled.
@@ -53,6 +87,7 @@ class System:
     operator: Operator
     v: Tensors
     epsilon: float
+    variables: Variables
     start: Tensors | None = None
     diagonal: Tensors | None = None
     state: State = field(default_factory=dict)
@@ -150,7 +185,8 @@ class Iterative(Implicit):
     Attributes:
         warm_start: Start from the solution of the call before, which the state carries. In an engine that is the last
             outer step; as a function pass ``state={}`` at first and each result's ``state`` to the next call.
-            ``"linear"`` goes on from the last two, ``2 q₁ − q₂``, which is nearer where outer steps are alike.
+            ``"linear"`` goes on from the last two, ``2 q₁ − q₂``, which is nearer where outer steps are alike. Of inner
+            variables that do not reach the loss on a batch, the last solution is kept for when they do.
     """
 
     warm_start: bool | str = field(default=False, kw_only=True)
@@ -192,7 +228,7 @@ class _ImplicitResponse(Response):
         def solved(products: Products) -> Pullback:
             diagonal = self.problem.diagonal
             diagonal = None if diagonal is None else promote(products.select(diagonal))
-            return solve_adjoint(self.estimator, products, promote(products.select(cotangent)), state, diagonal)
+            return solve_adjoint(self.estimator, products, promote(cotangent), state, diagonal)
 
         with full_precision():
             return with_products(self.estimator, self.problem, solved)
@@ -213,9 +249,12 @@ def with_products(estimator: Implicit, problem: InnerProblem, body: Callable[[Pr
 
 
 def solve_adjoint(
-    estimator: Implicit, products: Products, v: Tensors, state: State, diagonal: Tensors | None = None
+    estimator: Implicit, products: Products, cotangent: Tensors, state: State, diagonal: Tensors | None = None
 ) -> Pullback:
     """Solves the adjoint system; the last product gives answer and true residual together."""
+    variables = Variables(cotangent, products.active)
+    v = variables.select(cotangent)
+    known = kept_vector(estimator, SOLUTION, variables, state) if estimator.starts_warm() else None
     system, damping = _Counted(lambda q: promote(products.hessian(q)), products), estimator.regularisation()
     slope = float(norm([part.detach() for part in products.gradient]))
     epsilon = max(products.roundoff(), machine_epsilon(v))
@@ -233,9 +272,17 @@ def solve_adjoint(
             {k: part for k, part in state.items() if k not in (SOLUTION, BEFORE)},
         )
     else:
-        start = _start(estimator, v, state, unit)
+        start = None if known is None else _start(estimator, known, variables, state, unit)
         given = System(
-            damped(system, damping), v, epsilon, start, diagonal, state, products.transposed, system.compiled(damping)
+            damped(system, damping),
+            v,
+            epsilon,
+            variables,
+            start,
+            diagonal,
+            state,
+            products.transposed,
+            system.compiled(damping),
         )
         if start is not None and estimator.tolerance() > 0.0:
             first = _First(system, products, start, v, damping)
@@ -259,7 +306,10 @@ def solve_adjoint(
     if math.isnan(residual) or not is_finite(mixed):
         status = Status.DIVERGED
     if estimator.starts_warm() and not (status.failed and status is not Status.INACCURATE):
-        kept[SOLUTION] = scale(unit, solution.q)
+        # That of a variable which is inactive now is the best start for the time when it is active again.
+        kept[SOLUTION] = variables.spread(
+            scale(unit, solution.q), lambda place, like: torch.zeros_like(like) if known is None else known[place]
+        )
         if estimator.extrapolates() and SOLUTION in state:
             kept[BEFORE] = state[SOLUTION]
     info = SolveInfo(
@@ -327,18 +377,15 @@ class _Counted:
         return self._product(q)
 
 
-def _start(estimator: Implicit, v: Tensors, state: State, unit: float) -> Tensors | None:
-    known = kept_vector(estimator, SOLUTION, v, state) if estimator.starts_warm() else None
-    if known is None:
-        return None
-    before = kept_vector(estimator, BEFORE, v, state) if estimator.extrapolates() else None
+def _start(estimator: Implicit, known: Tensors, variables: Variables, state: State, unit: float) -> Tensors:
+    before = kept_vector(estimator, BEFORE, variables, state) if estimator.extrapolates() else None
     if before is not None:
         known = subtract(scale(2.0, known), before)
-    return scale(1 / unit, known)
+    return scale(1 / unit, variables.select(known))
 
 
-def kept_vector(estimator: Implicit, key: str, like: Tensors, state: State) -> Tensors | None:
-    """Returns a vector that the state holds, in the dtypes and on the devices of ``like``; None where it holds none.
+def kept_vector(estimator: Implicit, key: str, variables: Variables, state: State) -> Tensors | None:
+    """Returns a vector over all inner variables that the state holds, in their dtypes and on their devices, or None.
 
     Raises:
         ConfigError: It has other shapes: it belongs to another problem.
@@ -346,13 +393,21 @@ def kept_vector(estimator: Implicit, key: str, like: Tensors, state: State) -> T
     known = state.get(key)
     if known is None:
         return None
-    if [part.shape for part in known] != [part.shape for part in like]:
-        raise ConfigError(
-            f"the state of method {estimator.name!r} belongs to another problem: its solution has shapes "
-            f"{[tuple(part.shape) for part in known]}, the inner variables {[tuple(part.shape) for part in like]}. "
-            "Start with state={}."
+    if [part.shape for part in known] != [part.shape for part in variables.like]:
+        raise another_problem(
+            estimator,
+            f"its solution has shapes {[tuple(part.shape) for part in known]}, the inner variables "
+            f"{[tuple(part.shape) for part in variables.like]}",
         )
-    return tuple(a.to(b) for a, b in zip(known, like, strict=True))
+    return tuple(a.to(b) for a, b in zip(known, variables.like, strict=True))
+
+
+def another_problem(estimator: Implicit, difference: str) -> ConfigError:
+    """Returns the error for a state that does not fit; one of before states were over all inner variables may not."""
+    return ConfigError(
+        f"the state of method {estimator.name!r} belongs to another problem: {difference}. Start with state={{}} (in an "
+        "engine: engine.estimator_states.clear())."
+    )
 
 
 def _certify(estimator: Implicit, products: Products, slope: float, q: Tensors, v: Tensors) -> tuple[Bound, int]:

@@ -8,7 +8,7 @@ import torch
 
 from bilevel.errors import ConfigError
 from bilevel.hypergrad.base import State
-from bilevel.hypergrad.implicit import Iterative, System
+from bilevel.hypergrad.implicit import Iterative, System, Variables, another_problem
 from bilevel.linear import NystromApproximation, Preconditioner, damped, machine_epsilon, nystrom
 from bilevel.result import Status
 from bilevel.validation import check_choice, check_integer
@@ -18,6 +18,8 @@ __all__ = ["Factors", "Preconditioned"]
 
 DEFAULT_RANK = 10
 VECTORS, EIGENVALUES = "preconditioner_vectors", "preconditioner_eigenvalues"
+ACTIVE = "preconditioner_active"
+"""Which inner variables reached the loss when the preconditioner was made."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Preconditioned(Iterative):
             2110.02820), which pays where H has few large eigenvalues.
         preconditioner_rank: Products for ``"nystrom"``.
         preconditioner_every: Calls that ``"nystrom"`` serves before it is made anew; the state keeps ``rank`` vectors
-            in between. An approximation of an earlier H costs no product, and some iterations.
+            in between. An approximation of an earlier H costs no product, and some iterations. It is made anew before
+            that where an inner variable reaches the loss which did not when it was made.
     """
 
     preconditioner: str = field(default="none", kw_only=True)
@@ -91,7 +94,8 @@ class Preconditioned(Iterative):
         state: State = {}
         if served + 1 < self.preconditioner_every and not approximation.status.failed:
             age = torch.tensor(served + 1, dtype=torch.int64)
-            state = {VECTORS: approximation.vectors, EIGENVALUES: (approximation.eigenvalues, age)}
+            kept = _kept_parts(system.state) if served else _spread(approximation, system.variables)
+            state = {**kept, EIGENVALUES: (approximation.eigenvalues, age)}
         factors = Factors(approximation.preconditioner(damping), approximation.preconditioner(damping, power=0.5))
         return factors, state
 
@@ -100,18 +104,23 @@ class Preconditioned(Iterative):
         if self.preconditioner_every == 1 or VECTORS not in system.state:
             return None, 0
         eigenvalues, age = system.state[EIGENVALUES]
-        vectors, sizes = system.state[VECTORS], [part.numel() for part in system.v]
+        vectors, variables = system.state[VECTORS], system.variables
+        sizes = [part.numel() for part in variables.like]
         if [len(part) for part in vectors] != sizes:
-            raise ConfigError(
-                f"the state of method {self.name!r} belongs to another problem: its preconditioner has "
-                f"{[len(part) for part in vectors]} rows, the inner variables {sizes} entries. Start with state={{}}."
+            raise another_problem(
+                self,
+                f"its preconditioner has {[len(part) for part in vectors]} rows, the inner variables {sizes} entries",
             )
+        known = system.state[ACTIVE][0].tolist() if ACTIVE in system.state else [True] * len(sizes)
+        if any(now and not then for now, then in zip(variables.active, known, strict=True)):
+            return None, 0  # of that variable's curvature it says nothing
         vectors = tuple(
             part.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-            for part, like in zip(vectors, system.v, strict=True)
+            for part, like in zip(variables.select(vectors), system.v, strict=True)
         )
         eigenvalues = eigenvalues.to(device=vectors[0].device, dtype=torch.float64)
-        return NystromApproximation(vectors, eigenvalues, sum(sizes), Status.CONVERGED, 0), int(age)
+        dimension = sum(part.numel() for part in system.v)
+        return NystromApproximation(vectors, eigenvalues, dimension, Status.CONVERGED, 0), int(age)
 
     def _second_moments(self, system: System) -> Tensors:
         if system.diagonal is None:
@@ -121,6 +130,19 @@ class Preconditioned(Iterative):
                 "Adam, AdamW and RMSprop keep them, from their first step on. Use 'nystrom' or 'none'."
             )
         return system.diagonal
+
+
+def _kept_parts(state: State) -> State:
+    return {key: state[key] for key in (VECTORS, ACTIVE) if key in state}
+
+
+def _spread(approximation: NystromApproximation, variables: Variables) -> State:
+    """Returns the vectors over all inner variables, with rows of zeros for those that do not reach the loss."""
+    rank, dtype = len(approximation.eigenvalues), approximation.vectors[0].dtype
+    vectors = variables.spread(
+        approximation.vectors, lambda _, like: torch.zeros(like.numel(), rank, dtype=dtype, device=like.device)
+    )
+    return {VECTORS: vectors, ACTIVE: (torch.tensor(variables.active),)}
 
 
 def _diagonal(diagonal: Tensors, damping: float) -> Factors:

@@ -123,6 +123,86 @@ def test_a_kept_preconditioner_of_another_problem_is_refused() -> None:
         called(make_quadratic(6, 3, 100.0, 1.0, 3), estimator, state)
 
 
+class Experts:
+    """Losses of two experts' weights, of which a batch reaches one; a shared weight is reached by all batches."""
+
+    def __init__(self, sizes: tuple[int, int] = (4, 4)) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.w = tuple(torch.randn(size, generator=generator, dtype=DOUBLE) for size in (3, *sizes))
+        factors = [torch.randn(3 + size, 3 + size, generator=generator, dtype=DOUBLE) for size in sizes]
+        self.hessians = [factor @ factor.T + torch.eye(len(factor), dtype=DOUBLE) for factor in factors]
+
+    def called(self, expert: int, estimator: Any, state: Any) -> Hypergradient:
+        def inner(w: tuple[Tensor, ...], lam: Tensor) -> Tensor:
+            active = torch.cat([w[0], w[1 + expert]]) - lam[: 3 + len(w[1 + expert])]
+            return active @ self.hessians[expert] @ active / 2
+
+        def outer(w: tuple[Tensor, ...], lam: Tensor) -> Tensor:
+            return torch.cat([w[0], w[1 + expert]]).square().sum()
+
+        return hypergradient(inner, outer, self.w, torch.ones(9, dtype=DOUBLE), estimator, state=state)
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (4, 4)])
+@pytest.mark.parametrize("method", [ConjugateGradient, MINRES, GMRES])
+def test_a_warm_start_follows_the_variables_that_reach_the_loss(method: Any, sizes: tuple[int, int]) -> None:
+    experts, estimator = Experts(sizes), method(rtol=1e-8, warm_start=True)
+    cold = [experts.called(expert, method(rtol=1e-8), None).grad for expert in (0, 1)]
+    state: Any = {}
+    for expert in (0, 1, 0, 1):
+        found = experts.called(expert, estimator, state)
+        torch.testing.assert_close(found.grad, cold[expert], rtol=1e-6, atol=1e-6)
+        assert found.info.products > 1  # a start of the shared variables is no solution here
+        again = experts.called(expert, estimator, found.state)
+        assert again.info.products == 1
+        state = again.state
+        assert [part.shape for part in state["solution"]] == [part.shape for part in experts.w]
+    assert all(float(part.norm()) > 0.0 for part in state["solution"])  # what the other expert had is kept for it
+
+
+def test_a_linear_warm_start_follows_the_variables_too() -> None:
+    experts, estimator = Experts((4, 6)), ConjugateGradient(rtol=1e-8, warm_start="linear")
+    state: Any = {}
+    for expert in (0, 1, 1, 0, 0):
+        found = experts.called(expert, estimator, state)
+        expected = experts.called(expert, ConjugateGradient(rtol=1e-8), None)
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-6, atol=1e-6)
+        state = found.state
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (4, 4)])
+def test_a_preconditioner_is_made_anew_for_variables_that_it_does_not_know(sizes: tuple[int, int]) -> None:
+    fields = {"preconditioner": "nystrom", "preconditioner_rank": 3, "rtol": 1e-9}
+    experts, kept = Experts(sizes), ConjugateGradient(preconditioner_every=3, **fields)
+    state: Any = {}
+    for expert, made in ((0, True), (0, False), (1, True), (1, False), (0, True)):
+        found = experts.called(expert, kept, state)
+        state, single = found.state, experts.called(expert, ConjugateGradient(**fields), None)
+        assert found.info.products == single.info.products - (0 if made else 3)
+        torch.testing.assert_close(found.grad, single.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_preconditioner_of_more_variables_serves_fewer() -> None:
+    """A principal submatrix of a positive definite matrix is one."""
+    experts = Experts()
+    estimator = ConjugateGradient(preconditioner="nystrom", preconditioner_rank=4, preconditioner_every=2, rtol=1e-9)
+
+    def called(both: bool, state: Any) -> Hypergradient:
+        def inner(w: tuple[Tensor, ...], lam: Tensor) -> Tensor:
+            parts = [torch.cat([w[0], w[1 + expert]]) - lam for expert in ((0, 1) if both else (1,))]
+            return sum((part @ experts.hessians[0] @ part / 2 for part in parts), torch.zeros((), dtype=DOUBLE))
+
+        return hypergradient(
+            inner, lambda w, lam: w[0].sum(), experts.w, torch.ones(7, dtype=DOUBLE), estimator, state=state
+        )
+
+    first = called(True, {})
+    second = called(False, first.state)
+    assert second.info.status is Status.CONVERGED
+    torch.testing.assert_close(second.grad, called(False, {}).grad, rtol=1e-7, atol=1e-7)
+    assert second.info.products <= 7 + 2  # iterations and the last product: none for a preconditioner
+
+
 def test_fields_of_warm_starts_and_kept_preconditioners_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"warm_start must be True, False or 'linear', not 'cubic'"):
         ConjugateGradient(warm_start="cubic")
