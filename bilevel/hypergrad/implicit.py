@@ -405,8 +405,8 @@ def kept_vector(estimator: Implicit, key: str, variables: Variables, state: Stat
 def another_problem(estimator: Implicit, difference: str) -> ConfigError:
     """Returns the error for a state that does not fit; one of before states were over all inner variables may not."""
     return ConfigError(
-        f"the state of method {estimator.name!r} belongs to another problem: {difference}. Start with state={{}} (in an "
-        "engine: engine.estimator_states.clear())."
+        f"the state of method {estimator.name!r} belongs to another problem: {difference}. Start with state={{}} (in "
+        "an engine: engine.estimator_states.clear())."
     )
 
 
