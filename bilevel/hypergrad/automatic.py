@@ -10,15 +10,17 @@ import torch
 
 from bilevel.double_backward import NoSecondDerivativeError
 from bilevel.errors import BilevelWarning
+from bilevel.functional import gradient
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State
 from bilevel.hypergrad.mixed_product import IdentityResponse
+from bilevel.products import difference_length
 from bilevel.validation import check_number
-from bilevel.vector import Tensors
+from bilevel.vector import Tensors, norm
 
 __all__ = ["Automatic"]
 
 DIFFERENCES = "differences"
-"""The state's key that says that the exact product was tried, and does not exist."""
+"""The state's key that says that the exact product was tried, and does not exist or is not the loss's."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,17 @@ class Automatic(Estimator):
     instead, from then on: that is found at the first product, said by a ``BilevelWarning`` that names the operation, by
     every report's message, and kept in the state, so that nothing is tried twice.
 
+    A custom backward pass that detaches (``2 * x.detach() * grad``) has a second derivative for autograd: zero. Where
+    the exact product is zero, differences are taken as well, and answer from then on where they are not zero beyond
+    rounding. Products that such a pass changes and leaves other than zero go unnoticed here; ``hypergradcheck`` finds
+    them.
+
     Attributes:
         epsilon: ε of the differences, see :class:`~bilevel.FiniteDifference`.
 
     Cost: 1 forward and 1 backward pass with graph, 1 product; or 2 forward passes and 2 backward passes to the outer
-    parameters only, and up to 1 forward pass, 1 backward pass and 1 product at the first call, which fail.
+    parameters only, and up to 1 forward pass, 1 backward pass and 1 product at the first call, which fail. Each call
+    whose exact product is zero takes 3 forward and 3 backward passes more, to see whether it is.
 
     Example:
         >>> import torch
@@ -77,16 +85,47 @@ class _AutomaticResponse(Response):
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
         if DIFFERENCES not in state:
             try:
-                return self._taken("exact", "exact mixed product", cotangent, state)
+                exact = self._taken("exact", "exact mixed product", cotangent, state)
             except NoSecondDerivativeError as error:
-                warnings.warn(
-                    f"method 'auto' takes central differences: the loss of {self.problem.objective.name} has no second "
-                    f"derivative, since {error.reason} (said once)",
-                    BilevelWarning,
-                    stacklevel=2,
+                self._warn(f"has no second derivative, since {error.reason}")
+            else:
+                if float(norm(exact.value)) != 0.0:
+                    return exact
+                central = self._differences(cotangent, state)
+                if central.info.status.failed or not self._exceeds_rounding(central, cotangent):
+                    return exact
+                self._warn(
+                    "has a mixed product of zero for autograd and another one by differences, as where a custom "
+                    "backward pass detaches what it multiplies by"
                 )
+                return central
+        return self._differences(cotangent, state)
+
+    def _differences(self, cotangent: Tensors, state: State) -> Pullback:
         state = {**state, DIFFERENCES: (torch.ones(()),)}
         return self._taken("central", "central differences", cotangent, state)
+
+    def _warn(self, reason: str) -> None:
+        warnings.warn(
+            f"method 'auto' takes central differences: the loss of {self.problem.objective.name} {reason} (said once)",
+            BilevelWarning,
+            stacklevel=3,
+        )
+
+    def _exceeds_rounding(self, central: Pullback, cotangent: Tensors) -> bool:
+        """Whether ``∂f/∂λ`` has changed by more than ``u^(2/3)`` of itself over the differences' displacement.
+
+        It changes by an order of u where only rounding and third derivatives do it (a length is ``u^(1/3)``), and by an
+        order of ``u^(1/3)`` where there is a product. Cost: 1 forward and 1 backward pass, unless they are zero.
+        """
+        size = float(norm(central.value))
+        if size == 0.0:
+            return False
+        inner, outer, objective = self.problem.inner, self.problem.outer, self.problem.objective
+        change = size * difference_length(self.estimator.epsilon, inner) / float(norm(cotangent))
+        grads = objective.within(inner, outer, lambda evaluate: gradient(evaluate(), outer, objective))
+        roundoff = max(torch.finfo(part.dtype).eps for part in inner + outer)
+        return change > float(roundoff ** (2 / 3)) * float(norm(part for part in grads if part is not None))
 
     def _taken(self, difference: str, what: str, cotangent: Tensors, state: State) -> Pullback:
         response = IdentityResponse(self.estimator, self.problem, "new", difference, self.estimator.epsilon)

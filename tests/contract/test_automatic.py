@@ -101,6 +101,84 @@ def test_the_choice_is_made_once() -> None:
     assert Automatic().respond(problem).pullback(cotangent, {}).state == {}
 
 
+class Detached(torch.autograd.Function):
+    """x², with a backward pass whose second derivative autograd takes for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x.detach() * cotangent
+
+
+def detached(w: Tensor, lam: Tensor) -> Tensor:
+    value: Tensor = Detached.apply(w - lam)  # type: ignore[no-untyped-call]
+    return value.sum()
+
+
+def pulled(inner_loss: Any, state: Any, start: Tensor, method: Automatic | FiniteDifference) -> tuple[Any, Any]:
+    passes = PassCount()
+    objective = FunctionObjective(
+        lambda w, lam: inner_loss(w[0], lam[0]), "the inner problem", Replay(("cpu",)), passes
+    )
+    problem = InnerProblem(objective, leaves((start,)), leaves((torch.linspace(1, 2, 3, dtype=start.dtype),)))
+    return method.respond(problem).pullback((torch.ones(3, dtype=start.dtype),), state), passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_product_that_a_custom_backward_pass_hides_is_seen_and_differences_answer(
+    size: float, dtype: torch.dtype
+) -> None:
+    start = torch.full((3,), size, dtype=dtype)
+    with pytest.warns(BilevelWarning, match="mixed product of zero for autograd and another one by.*said once"):
+        found, passes = pulled(detached, {}, start, Automatic())
+    expected, _ = pulled(detached, {}, start, FiniteDifference())
+    assert torch.equal(found.value[0], expected.value[0])
+    assert float(found.value[0].norm()) > 0.0
+    assert found.info.message.startswith("central differences; epsilon")
+    # the gradient, which has no graph; differences; and the size of what they are taken of
+    assert (passes.forward, passes.backward) == (1 + 2 + 1, 1 + 2 + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, passes = pulled(detached, found.state, start, Automatic())
+    assert torch.equal(again.value[0], found.value[0])
+    assert (passes.forward, passes.backward) == (2, 2)
+
+
+ZERO = {
+    "no dependence": lambda w, lam: w.square().sum() + lam.exp().sum(),
+    "no dependence but by rounding": lambda w, lam: w.square().sum() + (lam * (w.cos() ** 2 + w.sin() ** 2)).sum(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", ZERO)
+def test_a_product_that_is_zero_is_left_at_that(case: str, dtype: torch.dtype) -> None:
+    start = torch.linspace(0.1, 2.0, 3, dtype=dtype)
+    by_differences, _ = pulled(ZERO[case], {}, start, FiniteDifference())
+    assert bool(by_differences.value[0].any()) == ("rounding" in case)
+    state: Any = {}
+    for _ in range(2):
+        found, passes = pulled(ZERO[case], state, start, Automatic())  # and nothing is said
+        assert not found.value[0].any()
+        assert found.info.message == "exact mixed product"
+        assert (passes.forward, passes.backward) == (1 + 3, 2 + 3)
+        state = found.state
+
+
+def test_nothing_more_is_taken_where_the_outer_loss_is_flat() -> None:
+    passes = PassCount()
+    objective = FunctionObjective(lambda w, lam: (w[0] ** 2 * lam[0]).sum(), "f", Replay(("cpu",)), passes)
+    problem = InnerProblem(objective, leaves((torch.ones(3),)), leaves((torch.ones(3),)))
+    Automatic().respond(problem).pullback((torch.zeros(3),), {})
+    assert (passes.forward, passes.backward) == (1, 2)
+
+
 def test_other_errors_are_not_taken_for_a_missing_second_derivative() -> None:
     with pytest.raises(LossError, match="does not depend on its inner parameters"):
         hypergradient(lambda w, lam: lam.sum(), outer, torch.ones(3), torch.ones(3), Automatic())
