@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from benchmarks.peers.reference import flat, grad
-from benchmarks.peers.side import KeepingSGD, Method, Reference, Side, Task
+from benchmarks.peers.side import Method, Reference, Side, Task
+from benchmarks.peers.sides.bilevel.few_shot import Library as WithTasks
 from benchmarks.peers.sides.bilevel.implicit import Library as Functional
-from benchmarks.peers.sides.bilevel.unrolled import Decay, Network
+from benchmarks.peers.sides.bilevel.unrolled import Library as WithNetwork
 from benchmarks.peers.workloads import unrolled
 from benchmarks.peers.workloads.few_shot import FewShot
 from benchmarks.peers.workloads.unrolled import Unrolling
-from bilevel import Engine, EngineConfig, Estimator, Exact, Identity, Unrolled
-from bilevel.problems import Adaptation, MetaLearner, TaskBatch
-
-
-class WithNetwork(Side):
-    """The problem with a network, by any method."""
-
-    def __init__(self, case: Unrolling, steps: int, method: Estimator) -> None:
-        outer = Decay(nn.ParameterList([case.decay.clone()]), optimizer=lambda p: KeepingSGD(p, lr=case.outer_rate))
-        inner = Network(case.copy(), optimizer=lambda p: torch.optim.SGD(p, lr=case.rate), steps=steps)
-        outer.case = inner.case = case  # type: ignore[attr-defined]
-        self.engine = Engine([outer, inner], EngineConfig(progress=False), hypergradient=method)
-
-    def step(self) -> None:
-        self.engine.step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return kept(self.engine.problems["decay"].optimizer)
-
-
-class OneByOne(Side):
-    """Few-shot tasks evaluated one after another."""
-
-    def __init__(self, problem: FewShot) -> None:
-        network = problem.copy()
-        self.meta = MetaLearner(network, optimizer=lambda p: KeepingSGD(p, lr=problem.outer_rate))
-        inner = Adaptation(
-            network,
-            [TaskBatch(*problem.batch)],
-            optimizer=lambda p: torch.optim.SGD(p, lr=problem.rate),
-            steps=problem.steps,
-            criterion=problem.criterion,
-            vectorized=False,
-        )
-        method = Unrolled(memory="graph")
-        self.engine = Engine([self.meta, inner], EngineConfig(progress=False), hypergradient=method)
-
-    def step(self) -> None:
-        self.engine.step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return kept(self.meta.optimizer)
-
-
-def kept(optimizer: Any) -> Sequence[Tensor]:
-    assert isinstance(optimizer, KeepingSGD)
-    return optimizer.kept
+from bilevel import Exact, Identity, Unrolled
 
 
 def exact(task: Task) -> Side:
@@ -81,7 +35,8 @@ def implicit(case: Unrolling, steps: int) -> Side:
 
 
 def one_by_one(problem: FewShot) -> Side:
-    return OneByOne(problem)
+    """Few-shot tasks evaluated one after another."""
+    return WithTasks(problem, vectorized=False)
 
 
 def implicit_reference(arrays: Mapping[str, Any], steps: int) -> Reference:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Arrays", "KeepingSGD", "Method", "NotOffered", "Passes", "Reference", "Side", "Task"]
+__all__ = ["Arrays", "KeepingSGD", "KeepingSide", "Method", "NotOffered", "Passes", "Reference", "Side", "Task"]
 
 Arrays = dict[str, np.ndarray]
 Losses = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -144,6 +144,9 @@ class Side(ABC):
     note: str = ""
     """What a reader should know of how the library does it; shown below the table."""
 
+    found: Sequence[Any]
+    """The hypergradient of the last step, one array or tensor for each outer parameter."""
+
     countable: bool = True
     """Whether calls of the losses and runs of autograd are all that is evaluated; a compiled step is not."""
 
@@ -151,9 +154,9 @@ class Side(ABC):
     def step(self) -> None:
         """Takes one outer step: inner updates, hypergradient, outer update. This is what is timed."""
 
-    @abstractmethod
     def hypergradient(self) -> Sequence[Any]:
         """Returns the hypergradient that the last step used, one array or tensor for each outer parameter."""
+        return self.found
 
     def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
         """Puts values into the parameters, in place, so that the next step starts from them.
@@ -193,3 +196,14 @@ class KeepingSGD(torch.optim.SGD):
             for p in group["params"]
         ]
         return super().step(closure)
+
+
+class KeepingSide(Side):
+    """A side whose outer optimiser keeps the hypergradient."""
+
+    outer: torch.optim.Optimizer
+    """A :class:`KeepingSGD`, wherever the library has it in the end."""
+
+    def hypergradient(self) -> Sequence[Tensor]:
+        assert isinstance(self.outer, KeepingSGD)
+        return self.outer.kept

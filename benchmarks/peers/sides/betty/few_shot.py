@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from betty.configs import Config, EngineConfig
-from betty.engine import Engine
+from betty.configs import Config
 from betty.problems import ImplicitProblem
 from torch import Tensor
 
-from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side
+from benchmarks.peers.side import KeepingSGD, Method, NotOffered
+from benchmarks.peers.sides.betty.engine import BATCH, EngineSide
 from benchmarks.peers.workloads.few_shot import FewShot, Tasks
 
 
@@ -38,35 +37,22 @@ class Inner(ImplicitProblem):  # type: ignore[misc]
         return self.problem.support_loss(self.module, self.number) + self.problem.proximal / 2 * penalty
 
 
-class Library(Side):
+class Library(EngineSide):
     note = "one problem a task; all query losses in one graph"
 
     def __init__(self, problem: FewShot) -> None:
-        logging.disable(logging.CRITICAL)
-        batch = [(torch.zeros(1),)]
         network = problem.copy()
         optimizer = KeepingSGD(network.parameters(), lr=problem.outer_rate)
-        self.outer = Outer("outer", Config(), network, optimizer, None, batch)
+        outer = Outer("outer", Config(), network, optimizer, None, BATCH)
         inner = []
         for number in range(problem.count):
             module = problem.copy()
             sgd = torch.optim.SGD(module.parameters(), lr=problem.rate)
             settings = Config(type="cg", cg_iterations=problem.products, unroll_steps=problem.steps)
-            inner.append(Inner(f"task_{number}", settings, module, sgd, None, batch))
+            inner.append(Inner(f"task_{number}", settings, module, sgd, None, BATCH))
             inner[-1].problem, inner[-1].number = problem, number
-        self.outer.problem, self.outer.inner, self.steps = problem, inner, problem.steps
-        edges = {"u2l": {self.outer: inner}, "l2u": {one: [self.outer] for one in inner}}
-        device = "gpu" if problem.batch[0].is_cuda else "cpu"
-        self.engine = Engine([self.outer, *inner], EngineConfig(strategy=device, logger_type="none"), edges)
-
-    def step(self) -> None:
-        for _ in range(self.steps):
-            self.engine.train_step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        optimizer = self.outer.optimizer
-        assert isinstance(optimizer, KeepingSGD)
-        return optimizer.kept
+        outer.problem, outer.inner = problem, inner
+        self.start(outer, inner, problem.steps, cuda=problem.batch[0].is_cuda)
 
 
 def build(tasks: Tasks, method: Method) -> Library:

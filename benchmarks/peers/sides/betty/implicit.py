@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from betty.configs import Config, EngineConfig
-from betty.engine import Engine
+from betty.configs import Config
 from betty.problems import ImplicitProblem
 from torch import Tensor, nn
 
-from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side, Task
+from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Task
+from benchmarks.peers.sides.betty.engine import BATCH, EngineSide
 from benchmarks.peers.sides.hand.implicit import put
 
 
-class Library(Side):
-    """Two ``ImplicitProblem``; a step is what ``Engine.run()`` does in ``unroll_steps`` of its iterations."""
+class Library(EngineSide):
+    """Two ``ImplicitProblem``."""
 
     def __init__(self, task: Task, method: Method) -> None:
         class Outer(ImplicitProblem):
@@ -29,31 +28,16 @@ class Library(Side):
             def training_step(self, batch: Any) -> Tensor:
                 return task.inner_loss(list(self.module), list(self.outer.module))
 
-        logging.disable(logging.CRITICAL)
         modules = [nn.ParameterList([part.clone() for part in parts]) for parts in (task.outer, task.inner)]
         optimizers = KeepingSGD(modules[0], lr=task.outer_rate), torch.optim.SGD(modules[1], lr=task.rate)
-        batch = [(torch.zeros(()),)]
         config, self.note = settings(method, task.steps)
         outer_config = Config(log_step=-1, retain_graph=task.direct)
         if task.direct:
             self.note = "an outer loss that depends on its own parameters needs retain_graph=True, or it crashes"
-        self.outer = Outer("outer", outer_config, modules[0], optimizers[0], None, batch)
-        inner = Inner("inner", config, modules[1], optimizers[1], None, batch)
-        edges = {"u2l": {self.outer: [inner]}, "l2u": {inner: [self.outer]}}
-        device = "gpu" if task.inner[0].is_cuda else "cpu"
-        engine = EngineConfig(strategy=device, train_iters=task.steps, logger_type="none")
-        self.engine = Engine([self.outer, inner], engine, edges)
-        self.engine.train()
-        self.iterations = task.steps
+        outer = Outer("outer", outer_config, modules[0], optimizers[0], None, BATCH)
+        inner = Inner("inner", config, modules[1], optimizers[1], None, BATCH)
+        self.start(outer, [inner], task.steps, cuda=task.inner[0].is_cuda)
         self.parameters = [*modules[1], *modules[0]]
-
-    def step(self) -> None:
-        for _ in range(self.iterations):
-            self.engine.global_step += 1
-            self.engine.train_step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.outer.optimizer.kept
 
     def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
         put(self.parameters, [*inner, *outer])

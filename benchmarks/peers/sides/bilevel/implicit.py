@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side, Task
+from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Task
+from benchmarks.peers.sides.bilevel.engine import EngineSide
 from benchmarks.peers.sides.hand.implicit import put
 from bilevel import (
     ConjugateGradient,
-    Engine,
-    EngineConfig,
     Estimator,
     FiniteDifference,
     Identity,
@@ -35,27 +34,19 @@ class Inner(Problem):
         return self.task.inner_loss(list(self.module), list(self.outer.module))
 
 
-class Library(Side):
-    """The engine with its defaults; the problems hold plain lists of parameters."""
+class Library(EngineSide):
+    """The problems hold plain lists of parameters."""
 
     def __init__(self, task: Task, method: Estimator) -> None:
         modules = [nn.ParameterList([part.clone() for part in parts]) for parts in (task.outer, task.inner)]
         outer = Outer(modules[0], optimizer=lambda params: KeepingSGD(params, lr=task.outer_rate))
         inner = Inner(modules[1], optimizer=lambda params: torch.optim.SGD(params, lr=task.rate), steps=task.steps)
         outer.task = inner.task = task  # type: ignore[attr-defined]
-        self.engine = Engine([outer, inner], EngineConfig(progress=False), hypergradient=method)
+        super().__init__(outer, inner, method)
         self.parameters = [*modules[1], *modules[0]]
-
-    def step(self) -> None:
-        self.result = self.engine.step()
 
     def forget(self) -> None:
         self.engine.estimator_states.clear()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        optimizer = self.engine.problems["outer"].optimizer
-        assert isinstance(optimizer, KeepingSGD)
-        return optimizer.kept
 
     def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
         put(self.parameters, [*inner, *outer])

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side
+from benchmarks.peers.sides.bilevel.engine import EngineSide
 from benchmarks.peers.sides.hand.minilm import Pass
 from benchmarks.peers.workloads.minilm import ALPHA, OUTER_RATE, RANK, RATE, TARGETS, Texts, in_peft
 from bidora import BiDoRAConfig, Direction, Magnitude, get_bidora_model
-from bilevel import Engine, EngineConfig, FiniteDifference, Identity
+from bilevel import FiniteDifference, Identity
 
 
-class Library(Side):
-    """The engine with its defaults."""
-
+class Library(EngineSide):
     def __init__(self, texts: Texts, method: Method) -> None:
         model = adapted(texts)
         in_peft(model, texts)
         sgd = lambda params: torch.optim.SGD(params, lr=RATE)  # noqa: E731
         keeping = lambda params: KeepingSGD(params, lr=OUTER_RATE)  # noqa: E731
         inner = Direction(model, optimizer=sgd, data=[texts.inner], orthogonality=0.0, compute_loss=texts.loss)
-        self.outer = Magnitude(model, optimizer=keeping, data=[texts.outer], compute_loss=texts.loss)
+        outer = Magnitude(model, optimizer=keeping, data=[texts.outer], compute_loss=texts.loss)
         estimator = FiniteDifference(epsilon=0.01) if "differences" in method.kind else Identity()
-        self.engine = Engine([self.outer, inner], EngineConfig(progress=False), hypergradient=estimator)
-
-    def step(self) -> None:
-        self.engine.step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        optimizer = self.outer.optimizer
-        assert isinstance(optimizer, KeepingSGD)
-        return optimizer.kept
+        super().__init__(outer, inner, estimator)
 
 
 def adapted(texts: Texts) -> torch.nn.Module:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.side import KeepingSGD, Method, Side
+from benchmarks.peers.side import KeepingSGD, Method
+from benchmarks.peers.sides.bilevel.engine import EngineSide
 from benchmarks.peers.workloads.unrolled import Tasks, Unrolling
-from bilevel import Engine, EngineConfig, Problem, Unrolled
+from bilevel import Estimator, Problem, Unrolled
 
 
 class Decay(Problem):
@@ -23,25 +23,18 @@ class Network(Problem):
         return self.case.inner_loss(self.module, list(self.module.parameters()), self.decay.module[0])
 
 
-class Library(Side):
-    """The engine with its defaults."""
+class Library(EngineSide):
+    """The problem with a network, by any method."""
 
-    def __init__(self, case: Unrolling, steps: int, memory: str) -> None:
-        self.note = f'memory="{memory}"'
+    def __init__(self, case: Unrolling, steps: int, method: Estimator) -> None:
         outer = Decay(nn.ParameterList([case.decay.clone()]), optimizer=lambda p: KeepingSGD(p, lr=case.outer_rate))
         inner = Network(case.copy(), optimizer=lambda p: torch.optim.SGD(p, lr=case.rate), steps=steps)
         outer.case = inner.case = case  # type: ignore[attr-defined]
-        self.engine = Engine([outer, inner], EngineConfig(progress=False), hypergradient=Unrolled(memory=memory))
-
-    def step(self) -> None:
-        self.engine.step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        optimizer = self.engine.problems["decay"].optimizer
-        assert isinstance(optimizer, KeepingSGD)
-        return optimizer.kept
+        super().__init__(outer, inner, method)
 
 
 def build(tasks: Tasks, method: Method) -> Library:
     memory = "replay" if method.options["least_memory"] else "graph"
-    return Library(tasks.case(method), method.options["steps"], memory)
+    side = Library(tasks.case(method), method.options["steps"], Unrolled(memory=memory))
+    side.note = f'memory="{memory}"'
+    return side

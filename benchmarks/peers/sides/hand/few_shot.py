@@ -56,9 +56,6 @@ class Loop(Side):
             rr = new
         return q
 
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.found
-
 
 def build(tasks: Tasks, method: Method) -> Loop:
     return Loop(tasks.case(method))

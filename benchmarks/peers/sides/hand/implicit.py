@@ -20,7 +20,6 @@ class Loop(Side):
         self.task, self.method = task, method
         self.w = [part.clone().requires_grad_() for part in task.inner]
         self.lam = [part.clone().requires_grad_() for part in task.outer]
-        self.found: list[Tensor] = []
 
     def step(self) -> None:
         task = self.task
@@ -75,9 +74,6 @@ class Loop(Side):
             here = [w.detach() + sign * epsilon * part for w, part in zip(self.w, v, strict=True)]
             sides.append(torch.autograd.grad(self.task.inner_loss(here, self.lam), self.lam))
         return [(a - b) / (2 * epsilon) for a, b in zip(*sides, strict=True)]
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.found
 
     def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
         put([*self.w, *self.lam], [*inner, *outer])

@@ -22,9 +22,6 @@ class Pass(Side):
     def step(self) -> None:
         self.found = torch.autograd.grad(self.texts.loss(self.model, self.texts.inner), self.parameters)
 
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.found
-
 
 class Step(Side):
     """BiDoRA's step: 2 passes, and 2 more for the differences, or 1 with graph and its product."""
@@ -58,9 +55,6 @@ class Step(Side):
         with torch.no_grad():
             torch._foreach_copy_(self.w, kept)
         return torch._foreach_div(torch._foreach_sub(list(sides[0]), list(sides[1])), 2 * epsilon)
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.found
 
 
 def side(texts: Texts, method: Method, model: nn.Module, adapters: dict[str, list[nn.Parameter]]) -> Side:

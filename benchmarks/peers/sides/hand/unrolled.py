@@ -21,8 +21,8 @@ class Loop(Side):
         self.decay = problem.decay.clone().requires_grad_()
 
     def step(self) -> None:
-        self.found = self.evaluated_again() if self.again else self.through_graphs()
-        move([self.decay], -self.problem.outer_rate, [self.found])
+        self.found = [self.evaluated_again() if self.again else self.through_graphs()]
+        move([self.decay], -self.problem.outer_rate, self.found)
 
     def through_graphs(self) -> Tensor:
         w = [p.requires_grad_() for p in self.parameters]
@@ -54,9 +54,6 @@ class Loop(Side):
 
     def inner_loss(self, w: Sequence[Tensor]) -> Tensor:
         return self.problem.inner_loss(self.problem.with_parameters(w), w, self.decay)
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return [self.found]
 
 
 def build(tasks: Tasks, method: Method) -> Loop:

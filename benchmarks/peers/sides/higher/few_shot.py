@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import higher
 import torch
-from torch import Tensor
+from torch import nn
 
-from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side
+from benchmarks.peers.side import Method, NotOffered
+from benchmarks.peers.sides.loops import TaskLoop
 from benchmarks.peers.workloads.few_shot import FewShot, Tasks
 
 
-class Library(Side):
+class Library(TaskLoop):
     def __init__(self, problem: FewShot) -> None:
-        self.problem, self.network = problem, problem.copy()
+        self.network = problem.copy()
+        super().__init__(problem, self.network.parameters())
         self.inner = torch.optim.SGD(self.network.parameters(), lr=problem.rate)
-        self.outer = KeepingSGD(self.network.parameters(), lr=problem.outer_rate)
 
-    def step(self) -> None:
-        problem = self.problem
-        self.outer.zero_grad()
-        for number in range(problem.count):
-            with higher.innerloop_ctx(self.network, self.inner, copy_initial_weights=False) as (fast, optimizer):
-                for _ in range(problem.steps):
-                    optimizer.step(problem.support_loss(fast, number))
-                (problem.query_loss(fast, number) / problem.count).backward()
-        self.outer.step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.outer.kept
+    @contextmanager
+    def adapted(self, number: int) -> Iterator[nn.Module]:
+        with higher.innerloop_ctx(self.network, self.inner, copy_initial_weights=False) as (fast, optimizer):
+            for _ in range(self.problem.steps):
+                optimizer.step(self.problem.support_loss(fast, number))
+            yield fast
 
 
 def build(tasks: Tasks, method: Method) -> Library:

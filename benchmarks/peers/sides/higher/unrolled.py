@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import higher
 import torch
-from torch import Tensor
 
-from benchmarks.peers.side import KeepingSGD, Method, Side
+from benchmarks.peers.side import Method
+from benchmarks.peers.sides.loops import Chain
 from benchmarks.peers.workloads.unrolled import Tasks, Unrolling
 
 
-class Library(Side):
-    note = "keeps the graphs of all steps; has no other mode"
-
+class Library(Chain):
     def __init__(self, case: Unrolling, steps: int) -> None:
-        self.case, self.steps = case, steps
-        self.model = case.copy()
-        self.decay = case.decay.clone().requires_grad_()
+        super().__init__(case, steps)
         self.inner = torch.optim.SGD(self.model.parameters(), lr=case.rate)
-        self.outer = KeepingSGD([self.decay], lr=case.outer_rate)
 
     def step(self) -> None:
         self.outer.zero_grad()
@@ -32,9 +25,6 @@ class Library(Side):
                 for p, value in zip(self.model.parameters(), fast.parameters(), strict=True):
                     p.copy_(value)
         self.outer.step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.outer.kept
 
 
 def build(tasks: Tasks, method: Method) -> Library:

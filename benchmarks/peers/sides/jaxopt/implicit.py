@@ -54,9 +54,6 @@ class Library(Side):
     def step(self) -> None:
         self.w, self.lam, self.found = self.outer_step(self.w, self.lam, self.data)
 
-    def hypergradient(self) -> Sequence[Any]:
-        return self.found
-
     def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
         self.w = [jnp.asarray(x, dtype=part.dtype) for x, part in zip(inner, self.w, strict=True)]
         self.lam = [jnp.asarray(x, dtype=part.dtype) for x, part in zip(outer, self.lam, strict=True)]

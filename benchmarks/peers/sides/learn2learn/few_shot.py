@@ -9,13 +9,13 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
-from benchmarks.peers.side import KeepingSGD, Method, NotOffered, Side
+from benchmarks.peers.side import Method, NotOffered
+from benchmarks.peers.sides.loops import TaskLoop
 from benchmarks.peers.workloads.few_shot import FewShot, Tasks
 
 
@@ -33,26 +33,19 @@ def maml() -> Any:
     return importlib.import_module("learn2learn.algorithms.maml").MAML
 
 
-class Library(Side):
+class Library(TaskLoop):
     note = "its MAML class alone: the package imports torchvision, whose wheels need the CUDA build of torch"
 
     def __init__(self, problem: FewShot) -> None:
-        self.problem = problem
         self.learner = maml()(problem.copy(), lr=problem.rate, first_order=False)
-        self.outer = KeepingSGD(self.learner.parameters(), lr=problem.outer_rate)
+        super().__init__(problem, self.learner.parameters())
 
-    def step(self) -> None:
-        problem = self.problem
-        self.outer.zero_grad()
-        for number in range(problem.count):
-            fast = self.learner.clone()
-            for _ in range(problem.steps):
-                fast.adapt(problem.support_loss(fast, number))
-            (problem.query_loss(fast, number) / problem.count).backward()
-        self.outer.step()
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.outer.kept
+    @contextmanager
+    def adapted(self, number: int) -> Iterator[Any]:
+        fast = self.learner.clone()
+        for _ in range(self.problem.steps):
+            fast.adapt(self.problem.support_loss(fast, number))
+        yield fast
 
 
 def build(tasks: Tasks, method: Method) -> Library:

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torchopt
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.peers.side import KeepingSGD, Method, Side
+from benchmarks.peers.side import KeepingSGD, KeepingSide, Method, Side
+from benchmarks.peers.sides.loops import TaskLoop
 from benchmarks.peers.workloads.few_shot import FewShot, Tasks
 
 
-class Unrolled(Side):
-    """A loop over tasks: the network is put back to λ after each."""
+class Unrolled(TaskLoop):
+    """The network is put back to λ after each task."""
 
     def __init__(self, problem: FewShot) -> None:
-        self.problem, self.network = problem, problem.copy()
+        self.network = problem.copy()
+        super().__init__(problem, self.network.parameters())
         self.inner = torchopt.MetaSGD(self.network, lr=problem.rate)
-        self.outer = KeepingSGD(self.network.parameters(), lr=problem.outer_rate)
 
     def step(self) -> None:
-        problem = self.problem
-        self.outer.zero_grad()
-        network = torchopt.extract_state_dict(self.network, by="reference", detach_buffers=True)
-        optimizer = torchopt.extract_state_dict(self.inner, by="reference")
-        for number in range(problem.count):
-            for _ in range(problem.steps):
-                self.inner.step(problem.support_loss(self.network, number))
-            (problem.query_loss(self.network, number) / problem.count).backward()
-            torchopt.recover_state_dict(self.network, network)
-            torchopt.recover_state_dict(self.inner, optimizer)
-        self.outer.step()
+        self.start = torchopt.extract_state_dict(self.network, by="reference", detach_buffers=True)
+        self.optimizer = torchopt.extract_state_dict(self.inner, by="reference")
+        super().step()
 
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.outer.kept
+    @contextmanager
+    def adapted(self, number: int) -> Iterator[nn.Module]:
+        for _ in range(self.problem.steps):
+            self.inner.step(self.problem.support_loss(self.network, number))
+        yield self.network
+        torchopt.recover_state_dict(self.network, self.start)
+        torchopt.recover_state_dict(self.inner, self.optimizer)
 
 
-class Implicit(Side):
+class Implicit(KeepingSide):
     """A loop over tasks, each with an implicit function of λ."""
 
     note = "custom_root with solve_cg; an iteration evaluates the loss's gradient once more"
@@ -80,9 +79,6 @@ class Implicit(Side):
             return w
 
         return solver
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.outer.kept
 
 
 def build(tasks: Tasks, method: Method) -> Side:

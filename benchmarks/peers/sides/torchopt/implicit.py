@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torchopt
-from torch import Tensor
 from torchopt.diff.implicit import custom_root
 
 from benchmarks.peers.side import Method, NotOffered, Side, Task
@@ -46,9 +45,6 @@ class Library(Side):
             for part, new in zip(self.w, w, strict=True):
                 part.copy_(new)
         move(self.lam, -self.task.outer_rate, self.found)
-
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.found
 
     def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
         put([*self.w, *self.lam], [*inner, *outer])

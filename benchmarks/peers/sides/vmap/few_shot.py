@@ -49,9 +49,6 @@ class Chunks(Side):
         found: Tensor = vmap(single)(dict(zip(self.names, w, strict=True)), x, y).sum()
         return found
 
-    def hypergradient(self) -> Sequence[Tensor]:
-        return self.found
-
 
 def build(tasks: Tasks, method: Method) -> Chunks:
     if method.options["implicit"]:
