@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dora_gpu import STACKS, Case, adapted, inputs
-from benchmarks.options import add_clock, add_results, keep, measures, named, new_parser
-from benchmarks.pages.results import RESULTS, load, write_page
+from benchmarks.options import add_clock, add_results, carry_out, keep, named, new_parser
+from benchmarks.pages.results import RESULTS, load
 from benchmarks.peers.memory import peak_bytes
 from benchmarks.peers.timing import median, ratio, rotated, timed
 from bidora import BiDoRAConfig, Direction, Magnitude, get_bidora_model
@@ -477,10 +477,7 @@ def main() -> None:
     add_clock(parser, rounds=7)
     add_results(parser)
     arguments = parser.parse_args()
-    if measures(arguments):
-        run(arguments)
-    if arguments.page is not None:
-        write_page(arguments.page, lines_of)
+    carry_out(arguments, lambda: run(arguments), lines_of)
 
 
 def run(arguments: argparse.Namespace) -> None:

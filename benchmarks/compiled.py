@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.options import add_clock, add_data, add_environments, add_results, keep, measures, named, new_parser
-from benchmarks.pages.results import write_page
+from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import find
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.report import about, lines_of, scientific, without_paths
@@ -185,10 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_results(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    if measures(options):
-        run(options, given)
-    if options.page is not None:
-        write_page(options.page, lines_of)
+    carry_out(options, lambda: run(options, given), lines_of)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> None:

@@ -27,8 +27,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.options import add_results, keep, measures, new_parser
-from benchmarks.pages.results import load, write_page
+from benchmarks.options import add_results, carry_out, keep, new_parser
+from benchmarks.pages.results import load
 from bidora import use_exact_dora
 
 METHODS = ("LoRA", "PEFT DoRA", "exact DoRA", "exact DoRA, torch")
@@ -341,10 +341,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     add_results(parser)
     arguments = parser.parse_args()
-    if measures(arguments):
-        run(arguments)
-    if arguments.page is not None:
-        write_page(arguments.page, lines_of)
+    carry_out(arguments, lambda: run(arguments), lines_of)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from benchmarks.options import add_clock, add_results, keep, measures, named, new_parser
-from benchmarks.pages.results import RESULTS, load, write_page
+from benchmarks.options import add_clock, add_results, carry_out, keep, named, new_parser
+from benchmarks.pages.results import RESULTS, load
 from bilevel import ConjugateGradient, Engine, EngineConfig, Unrolled
 from bilevel.problems import Adaptation, MetaLearner, TaskBatch
 from bilevel.problems.few_shot.budget import measured_peak
@@ -358,10 +358,7 @@ def main() -> None:
     add_clock(parser, rounds=7)
     add_results(parser)
     arguments = parser.parse_args()
-    if measures(arguments):
-        run(arguments)
-    if arguments.page is not None:
-        write_page(arguments.page, lines_of)
+    carry_out(arguments, lambda: run(arguments), lines_of)
 
 
 def run(arguments: argparse.Namespace) -> None:

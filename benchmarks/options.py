@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.results import RESULTS, save
+from benchmarks.pages.results import RESULTS, save, write_page
 
-__all__ = ["add_clock", "add_data", "add_environments", "add_results", "keep", "measures", "named", "new_parser"]
+__all__ = [
+    "add_clock",
+    "add_data",
+    "add_environments",
+    "add_results",
+    "carry_out",
+    "keep",
+    "measures",
+    "named",
+    "new_parser",
+]
 
 
 def new_parser(text: str | None) -> argparse.ArgumentParser:
@@ -47,6 +57,18 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--page", type=Path, help="put the kept results into this page; without --save or --json nothing is measured"
     )
+
+
+def carry_out(
+    options: argparse.Namespace,
+    measure: Callable[[], object],
+    lines_of: Callable[[Mapping[str, Any]], Sequence[str]],
+) -> None:
+    """Measures, if that is asked for, and writes the page that ``--page`` names."""
+    if measures(options):
+        measure()
+    if options.page is not None:
+        write_page(options.page, lines_of)
 
 
 def measures(options: argparse.Namespace) -> bool:

@@ -29,8 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.options import add_clock, add_results, keep, measures, named, new_parser
-from benchmarks.pages.results import write_page
+from benchmarks.options import add_clock, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.report import processor
 from bilevel import (
     ConjugateGradient,
@@ -397,10 +396,7 @@ def main() -> None:
     add_clock(parser, rounds=15)
     add_results(parser)
     arguments = parser.parse_args()
-    if measures(arguments):
-        run(arguments)
-    if arguments.page is not None:
-        write_page(arguments.page, lines_of)
+    carry_out(arguments, lambda: run(arguments), lines_of)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -27,8 +27,8 @@ from typing import Any
 
 from benchmarks.growth.axes import AXES, Axis, Line, Run
 from benchmarks.growth.report import draw, lines_of, name_on_page, shown
-from benchmarks.options import add_clock, add_environments, add_results, keep, measures, new_parser
-from benchmarks.pages.results import PAGES, kept, write_page
+from benchmarks.options import add_clock, add_environments, add_results, carry_out, keep, new_parser
+from benchmarks.pages.results import PAGES, kept
 from benchmarks.peers.environments import LIBRARIES, find
 from benchmarks.peers.report import about, complain, without_paths
 
@@ -68,12 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.axes if name not in AXES]
     if unknown:
         parser.error(f"unknown axis {', '.join(unknown)}: there are {', '.join(AXES)}")
-    if measures(options):
-        run(options, options.axes or list(AXES), without_paths(given))
+    carry_out(options, lambda: run(options, options.axes or list(AXES), without_paths(given)), shown)
     if options.page is not None:
         from benchmarks.tutorials.study import picture  # needs SciPy and Matplotlib
 
-        write_page(options.page, shown)
         for name, result in kept(options.page.read_text(encoding="utf-8")).items():
             picture(lambda figure, result=result: draw(result, figure), PAGES / name)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PAGES", "RESULTS", "kept", "load", "marks", "save", "with_texts", "write_page"]
+__all__ = ["PAGES", "RESULTS", "kept", "load", "marks", "rounded", "save", "with_texts", "write_page"]
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 RESULTS = PAGES / "results"
@@ -70,13 +70,14 @@ def write_page(page: Path, lines_of: Callable[[Mapping[str, Any]], Sequence[str]
     page.write_text(with_texts(text, shown), encoding="utf-8")
 
 
-def _json(value: Any) -> str:
-    return json.dumps(_short(value), ensure_ascii=False)
-
-
-def _short(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Returns a value whose numbers have six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: _short(part) for key, part in value.items()}
-    return [_short(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(rounded(value), ensure_ascii=False)

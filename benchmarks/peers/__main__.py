@@ -16,8 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.options import add_clock, add_data, add_environments, add_results, keep, measures, named, new_parser
-from benchmarks.pages.results import write_page
+from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.report import about, lines_of, without_paths
 from benchmarks.peers.run import Settings, measure
@@ -47,10 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.workloads if name not in names]
     if unknown:
         parser.error(f"unknown workload(s) {', '.join(unknown)}: there are {', '.join(names)}")
-    if measures(options):
-        _run(options, options.workloads or names, given)
-    if options.page is not None:
-        write_page(options.page, lines_of)
+    carry_out(options, lambda: _run(options, options.workloads or names, given), lines_of)
 
 
 def _run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str]) -> None:

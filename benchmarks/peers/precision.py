@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.options import add_clock, add_data, add_environments, add_results, keep, measures, named, new_parser
-from benchmarks.pages.results import write_page
+from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.reference import IndefiniteError, Point, new_inner, solved, unflat
@@ -416,10 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_results(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    if measures(options):
-        _run(options, given)
-    if options.page is not None:
-        write_page(options.page, lines_of)
+    carry_out(options, lambda: _run(options, given), lines_of)
 
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:

@@ -145,7 +145,7 @@ def save(name: str, study: Study, folder: Path) -> None:
 
 def text_of(study: Study) -> str:
     """Returns the JSON: a line for each table and each part of the data, whose numbers have six digits."""
-    parts = {key: _short(part) if key == "data" else part for key, part in study.as_json().items()}
+    parts = {key: results.rounded(part) if key == "data" else part for key, part in study.as_json().items()}
     sections = [
         f"{json.dumps(key)}: {{\n" + ",\n".join(f" {json.dumps(k)}: {_line(v)}" for k, v in part.items()) + "\n}"
         for key, part in parts.items()
@@ -195,14 +195,6 @@ def _is_study(path: Path) -> bool:
 
 def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {key: _short(part) for key, part in value.items()}
-    return [_short(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(cell: Any) -> Any:
