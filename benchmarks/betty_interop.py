@@ -1,6 +1,6 @@
 """What the same Betty program costs under betty-ml 0.2.1 and under ``bilevel.interop.betty``.
 
-    python benchmarks/betty_interop.py [--widths 32 1024] [--unroll 1 10] [--repeats 15] [--cpu-time] [--json]
+    python -m benchmarks.betty_interop [--widths 32 1024] [--unroll 1 10] [--repeats 15] [--cpu-time] [--json]
 
 The program is a classifier with a learned weight decay for each tensor, written once and given either library's names;
 data, initial values and settings are the same. Both are timed by their own ``run()`` in one process, in turns, and end

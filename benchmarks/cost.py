@@ -1,6 +1,6 @@
 """What every method costs and how far it is off, measured: the table of the page "How to choose a method".
 
-    python benchmarks/cost.py [--page docs/choose.md] [--json] [--repeats 5]
+    python -m benchmarks.cost [--page docs/choose.md] [--json] [--repeats 5]
 
 One problem for all: a tanh network (64–10–10, 760 parameters) on scikit-learn's digits, cross-entropy with a learned
 weight decay for each layer (inner; trained to its solution in float64, then held in float32), and the loss on other
@@ -29,6 +29,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.pages.results import with_texts
 from bilevel import Engine, EngineConfig, Estimator, Problem, as_estimator, hypergradcheck
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.hypergrad import available_methods
@@ -192,7 +193,7 @@ def baseline(model: nn.Module, log_decay: Tensor, repeats: int) -> tuple[float, 
     return 1e3 * statistics.median(seconds[3:]), peak_bytes(Stepped()) / 2**20  # type: ignore[arg-type]
 
 
-def markdown(rows: list[Measured], base: tuple[float, float]) -> str:
+def markdown(rows: list[Measured], base: tuple[float, float]) -> list[str]:
     lines = [
         "| method | passes | outer step | MiB | relative error | cosine |",
         "|---|---|---|---|---|---|",
@@ -204,15 +205,7 @@ def markdown(rows: list[Measured], base: tuple[float, float]) -> str:
             f"| {name} | {row.forward}, {row.backward} | {row.relative_time:.1f} × | {row.megabytes - base[1]:.1f} "
             f"| {error} | {row.cosine:.4f} |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def put(page: Path, table: str) -> None:
-    before, start, rest = page.read_text(encoding="utf-8").partition("<!-- costs -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    if not (start and end):
-        raise SystemExit(f"{page} has no marks <!-- costs --> and <!-- end -->")
-    page.write_text(f"{before}{start}{table}{end}{after}", encoding="utf-8")
+    return lines
 
 
 def main() -> None:
@@ -243,11 +236,12 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     table = markdown(rows, base)
-    print(f"without a hypergradient: {base[0]:.2f} ms, {base[1]:.1f} MiB\n\n{table}")
+    print(f"without a hypergradient: {base[0]:.2f} ms, {base[1]:.1f} MiB\n", *table, sep="\n")
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     if arguments.page:
-        put(arguments.page, table)
+        text = arguments.page.read_text(encoding="utf-8")
+        arguments.page.write_text(with_texts(text, {"costs": table}), encoding="utf-8")
 
 
 if __name__ == "__main__":

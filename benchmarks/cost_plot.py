@@ -2,7 +2,7 @@
 
     python -m benchmarks.cost_plot [--page docs/choose.md]
 
-The numbers are those of the page, so that table and picture cannot differ; ``python benchmarks/cost.py --page``
+The numbers are those of the page, so that table and picture cannot differ; ``python -m benchmarks.cost --page``
 measures them. Methods on the line have no other that is both cheaper and nearer; solves that said *diverged* are drawn
 as crosses.
 """
@@ -55,10 +55,10 @@ class Point:
 
 def table(page: str) -> str:
     """Returns the page's table of costs."""
-    found = re.search(r"<!-- costs -->\n(.*?)<!-- end -->", page, re.S)
+    found = re.search(r"<!-- results: costs -->\n(.*?)<!-- end -->", page, re.S)
     if found is None:
-        raise SystemExit("the page has no marks <!-- costs --> and <!-- end -->")
-    return found[1]
+        raise SystemExit("the page has no marks <!-- results: costs --> and <!-- end -->")
+    return found[1].strip() + "\n"
 
 
 def stamp(page: str) -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.growth import worker
 from benchmarks.growth.axes import AXES, Line, Run
 from benchmarks.growth.report import STYLES, fit, lines_of, short
+from benchmarks.peers.memory import peak_bytes
 from benchmarks.peers.side import Reference
 
 SMALL = Run("small", "cpu")
@@ -89,10 +90,10 @@ def test_a_line_is_right_and_measured(name: str, key: str) -> None:
 
 def test_what_a_row_of_inner_parameters_takes_is_what_it_says() -> None:
     """Conjugate gradients hold a fixed number of vectors: ten times the parameters, ten times the memory."""
-    axis = tiny("inner", 100_000, 1_000_000)
-    _, small, large = worker.measure(axis, axis.line("hand-conjugate_gradient"), SMALL, seconds=1.0)
-    assert large["bytes"] == pytest.approx(10 * small["bytes"], rel=0.05)
-    assert 5 < large["bytes"] / 4_000_000 < 20
+    line = AXES["inner"].line("hand-conjugate_gradient")
+    small, large = (peak_bytes(AXES["inner"].build(line, size, SMALL).step) for size in (30_000, 300_000))
+    assert large == pytest.approx(10 * small, rel=0.05)
+    assert 5 < large / 1_200_000 < 20
 
 
 def test_a_wrong_line_is_told_and_not_drawn() -> None:

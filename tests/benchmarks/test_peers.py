@@ -28,6 +28,7 @@ from benchmarks.peers.timing import ratio, rotated
 from benchmarks.peers.verdict import error, reason
 from benchmarks.peers.worker import Worker, answer, backward_counted
 from benchmarks.peers.workloads import regularisation
+from tests.benchmarks.images import noise
 
 RATE = 0.05
 METHODS = {
@@ -125,14 +126,10 @@ def test_the_reason_of_a_wrong_hypergradient_is_named() -> None:
 
 
 @pytest.fixture
-def noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of noise: reading real ones takes seconds."""
-
-    def digits(count: int, folder: Path | None) -> tuple[np.ndarray, np.ndarray, str]:
-        generator = np.random.default_rng(0)
-        return generator.random((count, 784)).astype(np.float32), generator.integers(10, size=count), "noise"
-
-    monkeypatch.setattr(regularisation, "digits", digits)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few images of noise: reading real ones takes seconds."""
+    monkeypatch.setattr(regularisation, "digits", noise)
+    monkeypatch.setitem(regularisation.SIZES, "small", 60)
 
 
 class Local:
@@ -189,7 +186,7 @@ class Failing(Loop):
         raise ZeroDivisionError("no step")
 
 
-@pytest.mark.usefixtures("local", "noise")
+@pytest.mark.usefixtures("local", "few")
 def test_a_wrong_side_is_reported_as_wrong_and_has_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     for library, side in (("boat", Flipped), ("betty", Failing)):
         module = types.ModuleType(f"benchmarks.peers.sides.{library}.regularisation")
@@ -213,7 +210,7 @@ def test_a_wrong_side_is_reported_as_wrong_and_has_no_ratio(monkeypatch: pytest.
     assert "**fails**: ZeroDivisionError" in table[5]
 
 
-@pytest.mark.usefixtures("noise")
+@pytest.mark.usefixtures("few")
 def test_a_worker_process_answers_and_its_failures_are_told(tmp_path: Path) -> None:
     arrays, _ = regularisation.data("small", None)
     np.savez(tmp_path / "data.npz", **arrays)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.peers.side import Arrays, Method, Side
+from benchmarks.peers.side import Arrays, Method, Reference, Side
 from benchmarks.peers.verdict import reason
 from benchmarks.peers.worker import as_array
+from tests.benchmarks.images import noise
 
 CASES = {
     "unrolled": ("conv_5", "transformer_5", "conv_20_memory"),
@@ -31,13 +35,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 
 @pytest.fixture(scope="module")
-def arrays() -> dict[str, Arrays]:
-    """Every workload's arrays, made once."""
-    return {name: workload(name).data("small", None)[0] for name in CASES}
+def arrays() -> Iterator[dict[str, Arrays]]:
+    """Every workload's arrays, made once, of noise: reading images and a good start for adapters take seconds."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("unrolled", "few_shot"):
+            patched.setattr(workload(name), "digits", noise)
+        patched.setitem(workload("adapters").SIZES["small"], "iterations", 30)
+        yield {name: workload(name).data("small", None)[0] for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def reference(arrays: dict[str, Arrays]) -> Callable[[str, str], Reference]:
+    """References, each made once for all sides."""
+    return functools.cache(lambda name, key: workload(name).reference(arrays[name], "small", method_of(name, key)))
 
 
 def workload(name: str) -> Any:
     return importlib.import_module(f"benchmarks.peers.workloads.{name}")
+
+
+def method_of(name: str, key: str) -> Method:
+    """Returns a method; fewer tasks say the same."""
+    method: Method = workload(name).METHODS[key]
+    few = {"tasks": 5} if "tasks" in method.options else {}
+    return dataclasses.replace(method, options={**method.options, **few})
 
 
 def built(name: str, library: str, method: Method, arrays: Arrays) -> Side:
@@ -52,10 +73,12 @@ def hypergradient(side: Side) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "key", "library"), OFFERED)
-def test_the_hypergradient_is_the_references(name: str, key: str, library: str, arrays: dict[str, Arrays]) -> None:
-    method = workload(name).METHODS[key]
+def test_the_hypergradient_is_the_references(
+    name: str, key: str, library: str, arrays: dict[str, Arrays], reference: Callable[[str, str], Reference]
+) -> None:
+    method = method_of(name, key)
     found = hypergradient(built(name, library, method, arrays[name]))
-    assert reason(found, workload(name).reference(arrays[name], "small", method), method.tolerance) == ""
+    assert reason(found, reference(name, key), method.tolerance) == ""
 
 
 @pytest.mark.parametrize("library", ["hand", "bilevel"])
@@ -76,13 +99,10 @@ def test_what_another_number_of_steps_gives_is_called_wrong(arrays: dict[str, Ar
     assert reason(found, expected, 5e-3) != ""
 
 
-def test_the_first_order_gradient_is_recognised(arrays: dict[str, Arrays]) -> None:
+def test_the_first_order_gradient_is_recognised(reference: Callable[[str, str], Reference]) -> None:
     """A library that left the second derivative out would be told so."""
-    module = workload("few_shot")
-    method = module.METHODS["sinusoid_5_64"]
-    reference = module.reference(arrays["few_shot"], "small", method)
-    first_order = reference.others["the first-order gradient"]
-    assert "first-order" in reason(first_order, reference, method.tolerance)
+    expected, method = reference("few_shot", "sinusoid_5_64"), method_of("few_shot", "sinusoid_5_64")
+    assert "first-order" in reason(expected.others["the first-order gradient"], expected, method.tolerance)
 
 
 def test_every_row_of_a_size_is_a_method() -> None:
