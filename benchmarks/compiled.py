@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import find
 from benchmarks.peers.protocol import Remote, WorkerError
-from benchmarks.peers.report import about, lines_of, scientific, without_paths
+from benchmarks.peers.report import about, as_told, lines_of, scientific
 from benchmarks.peers.side import Method, NotOffered
 from benchmarks.peers.timing import median, ratio, rotated
 from benchmarks.peers.verdict import error
@@ -191,7 +191,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> None:
     """Measures, prints the tables and keeps what is to be kept."""
     started = time.perf_counter()
     rows = measure(options)
-    told = about(without_paths(given), time.perf_counter() - started, options, "benchmarks.compiled")
+    told = about(as_told(given), time.perf_counter() - started, options, "benchmarks.compiled")
     lines = []
     for workload in dict.fromkeys(row.workload for row in rows):
         lines += [*table([row for row in rows if row.workload == workload]), ""]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import LIBRARIES, interpreters
-from benchmarks.peers.report import about, lines_of, without_paths
+from benchmarks.peers.report import about, as_told, lines_of
 from benchmarks.peers.run import Settings, measure
 
 WORKLOADS = Path(__file__).parent / "workloads"
@@ -58,7 +58,7 @@ def _run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str]
     for name in names:
         started = time.perf_counter()
         found = measure(name, pythons, absent, settings)
-        told = about(without_paths(given), time.perf_counter() - started, settings)
+        told = about(as_told(given), time.perf_counter() - started, settings)
         result = {"about": told, **found.as_json()}
         print(f"## {found.title}\n", *lines_of(result), "", sep="\n", flush=True)
         keep(named(name, options.device) + options.suffix, result, options)

@@ -32,7 +32,7 @@ from benchmarks.options import add_clock, add_data, add_environments, add_result
 from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.reference import IndefiniteError, Point, new_inner, solved, unflat
-from benchmarks.peers.report import about, complain, lines_of, scientific, without_paths
+from benchmarks.peers.report import about, as_told, complain, lines_of, scientific
 from benchmarks.peers.run import Settings, has_side
 from benchmarks.peers.side import Arrays, Method, NotOffered, Task
 from benchmarks.peers.timing import rotated
@@ -425,7 +425,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
         started = time.perf_counter()
         present = {library: python for library, python in pythons.items() if has_side(library, name)}
         found = measure(name, present, settings, options.steps)
-        told = about(without_paths(given), time.perf_counter() - started, settings, module="benchmarks.peers.precision")
+        told = about(as_told(given), time.perf_counter() - started, settings, module="benchmarks.peers.precision")
         print(f"## {name}\n", *found["lines"], "", sep="\n", flush=True)
         keep(named(f"{name}-precision", options.device), {"about": told, **found}, options)
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.peers.environments import LIBRARIES
 
-__all__ = ["about", "lines_of", "without_paths"]
+__all__ = ["about", "as_told", "lines_of"]
 
 COLUMNS = ("method", "library", "passes", "ms a step", "to the loop by hand", "peak MiB", "error", "to the exact", "")
 
@@ -39,9 +39,19 @@ def about(command: Sequence[str], seconds: float, settings: Any, module: str = "
     }
 
 
-def without_paths(given: Sequence[str]) -> list[str]:
-    """Returns the arguments, folders and files by their last name: those of this machine tell a reader nothing."""
-    return [Path(text).name if "/" in text else text for text in given]
+def as_told(given: Sequence[str]) -> list[str]:
+    """Returns a command's arguments as a page tells them.
+
+    Where the results went is left out; other folders and files have their last name: those of this machine tell a
+    reader nothing.
+    """
+    told, rest = [], iter(given)
+    for text in rest:
+        if text in ("--json", "--page"):
+            next(rest, None)
+        elif text != "--save" and not text.startswith(("--json=", "--page=")):
+            told.append(Path(text).name if "/" in text else text)
+    return told
 
 
 def processor() -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from benchmarks.options import add_results, keep, measures, new_parser
 from benchmarks.pages.results import PAGES, RESULTS, kept, load, marks, save, with_texts, write_page
+from benchmarks.peers.report import as_told
 
 DOCS = PAGES.parent
 WRITERS = {
@@ -49,7 +52,7 @@ def test_what_is_kept_of_the_peers_is_finite_and_names_no_folder_of_a_machine() 
     found = kept((PAGES / "index.md").read_text(encoding="utf-8"))
     assert found
     for result in found.values():
-        assert "/" not in result["about"]["command"].replace("--page docs/benchmarks/index.md", "")
+        assert "/" not in result["about"]["command"]
         for row in result["rows"]:
             assert math.isfinite(row.get("own_error", 0.0)) or row["wrong"] or row["failed"]
 
@@ -60,6 +63,31 @@ def test_the_pictures_of_growth_are_there() -> None:
         for theme in ("light", "dark"):
             assert f"{name}-{theme}.svg#only-{theme}" in text
             assert (PAGES / f"{name}-{theme}.svg").exists()
+
+
+def test_a_command_is_told_without_what_is_of_one_machine() -> None:
+    places = ["--json", "/tmp/x", "--save", "--page", "docs/p.md"]
+    given = ["few_shot", "--data", "/home/me/data", *places, "--rounds", "3", "--environments=e"]
+    assert as_told(given) == ["few_shot", "--data", "data", "--rounds", "3", "--environments=e"]
+
+
+def test_commands_that_are_told_are_understood(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Of every result that names one; with ``--help`` at the end nothing runs, but all before it is parsed."""
+    commands = {
+        command
+        for name in WRITERS
+        for result in kept((DOCS / name).read_text(encoding="utf-8")).values()
+        for command in re.findall(r"python -m (benchmarks\.[^`\"]+)", str(result))
+    }
+    assert commands
+    for command in commands:
+        module, *arguments = shlex.split(command.partition("'")[0])
+        found = importlib.import_module(module)
+        main = getattr(found, "main", None) or importlib.import_module(f"{module}.__main__").main
+        monkeypatch.setattr(sys, "argv", [module, *arguments, "--help"])
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code == 0, (command, capsys.readouterr().err)
 
 
 # Marks
