@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bilevel.engine_state.part import compatible, copied, count, per_problem, tensor_differences
+from bilevel.optimizer_state import once
 
 if TYPE_CHECKING:
     from bilevel.problems import Problem
@@ -30,7 +31,8 @@ def _buffers(problem: Problem) -> dict[str, Tensor]:
 def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, tensor in live.items():
-            tensor.copy_(saved[key])
+            place, value = once(tensor, saved[key])
+            place.copy_(value)
 
 
 PARAMETERS = per_problem(

@@ -542,6 +542,16 @@ def test_expanded_buffers_are_put_back_with_everything_else(method):
         assert engine.step().skipped is None
 
 
+def test_a_checkpoint_loads_into_expanded_buffers(tmp_path):
+    saved, loaded = (make("identity", module=Expanded()) for _ in range(2))
+    saved.step()
+    saved.save(tmp_path / "file")
+    with torch.no_grad():
+        loaded.problems["classifier"].module.table[:, :1].add_(3.0)
+    loaded.load(tmp_path / "file")
+    assert same(state_of(saved), state_of(loaded))
+
+
 def test_an_optimiser_s_expanded_state_is_put_back():
     def count(optimizer, *_):
         for p in optimizer.param_groups[0]["params"]:
