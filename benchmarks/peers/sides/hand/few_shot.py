@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.side import Method, Side
-from benchmarks.peers.sides.hand.implicit import dot, move
+from benchmarks.peers.sides.hand.implicit import conjugate_gradient, move
 from benchmarks.peers.workloads.few_shot import FewShot, Tasks
 
 
@@ -43,18 +43,12 @@ class Loop(Side):
                 move(w, -problem.rate, torch._foreach_add(list(grads), away, alpha=beta))
         v = torch.autograd.grad(problem.query_loss(problem.with_parameters(w), number), w)
         grads = torch.autograd.grad(problem.support_loss(problem.with_parameters(w), number), w, create_graph=True)
-        q, r, p = [torch.zeros_like(part) for part in v], list(v), list(v)
-        rr = dot(r, r)
-        for iteration in range(problem.products):
-            product = torch.autograd.grad(grads, w, p, retain_graph=iteration + 1 < problem.products)
-            image = torch._foreach_add(p, list(product), alpha=1 / beta)
-            alpha = rr / dot(p, image)
-            q = [a + alpha * b for a, b in zip(q, p, strict=True)]
-            r = [a - alpha * b for a, b in zip(r, image, strict=True)]
-            new = dot(r, r)
-            p = [a + new / rr * b for a, b in zip(r, p, strict=True)]
-            rr = new
-        return q
+
+        def product(p: Sequence[Tensor], iteration: int) -> Sequence[Tensor]:
+            found = torch.autograd.grad(grads, w, p, retain_graph=iteration + 1 < problem.products)
+            return torch._foreach_add(list(p), list(found), alpha=1 / beta)
+
+        return conjugate_gradient(product, v, problem.products)
 
 
 def build(tasks: Tasks, method: Method) -> Loop:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -53,17 +53,9 @@ class Loop(Side):
         return torch._foreach_mul(total, alpha)
 
     def conjugate_gradient(self, g: Sequence[Tensor], v: Sequence[Tensor]) -> Sequence[Tensor]:
-        q, r, p = [torch.zeros_like(part) for part in v], list(v), list(v)
-        rr = dot(r, r)
-        for _ in range(self.method.products):
-            image = torch.autograd.grad(g, self.w, p, retain_graph=True)
-            alpha = rr / dot(p, image)
-            q = [a + alpha * b for a, b in zip(q, p, strict=True)]
-            r = [a - alpha * b for a, b in zip(r, image, strict=True)]
-            new = dot(r, r)
-            p = [a + new / rr * b for a, b in zip(r, p, strict=True)]
-            rr = new
-        return q
+        return conjugate_gradient(
+            lambda p, _: torch.autograd.grad(g, self.w, p, retain_graph=True), v, self.method.products
+        )
 
     def differences(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
         """Central differences of ``∂f/∂λ`` along v, ε = ε_machine^⅓ (1 + ‖w‖)^½ / ‖v‖."""
@@ -77,6 +69,23 @@ class Loop(Side):
 
     def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
         put([*self.w, *self.lam], [*inner, *outer])
+
+
+def conjugate_gradient(
+    product: Callable[[Sequence[Tensor], int], Sequence[Tensor]], v: Sequence[Tensor], products: int
+) -> Sequence[Tensor]:
+    """Returns q of ``A q ≈ v`` after a number of iterations from zero; ``product(p, iteration)`` is ``A p``."""
+    q, r, p = [torch.zeros_like(part) for part in v], list(v), list(v)
+    rr = dot(r, r)
+    for iteration in range(products):
+        image = product(p, iteration)
+        alpha = rr / dot(p, image)
+        q = [a + alpha * b for a, b in zip(q, p, strict=True)]
+        r = [a - alpha * b for a, b in zip(r, image, strict=True)]
+        new = dot(r, r)
+        p = [a + new / rr * b for a, b in zip(r, p, strict=True)]
+        rr = new
+    return q
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
