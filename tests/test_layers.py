@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "precision", "randomness", "result", "vector"),
     ("interrupt",),
-    ("checkpoint", "data", "double_backward", "faults", "hooks", "optim", "sources", "structure", "validation"),
-    ("engine_state", "feed", "functional", "loss_scale", "optimizer_state", "stepper"),
+    ("checkpoint", "data", "double_backward", "faults", "hooks", "optim", "optimizer_state", "sources", "structure"),
+    ("validation",),
+    ("engine_state", "feed", "functional", "loss_scale", "stepper"),
     ("distributed", "linear", "products"),
     ("compiled",),
     ("hypergrad",),
