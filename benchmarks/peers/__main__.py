@@ -10,6 +10,7 @@ Each library works in a process of its own, all alive at once and timed in turns
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -46,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.workloads if name not in names]
     if unknown:
         parser.error(f"unknown workload(s) {', '.join(unknown)}: there are {', '.join(names)}")
+    modules = {
+        name: importlib.import_module(f"benchmarks.peers.workloads.{name}") for name in options.workloads or names
+    }
+    for name, module in modules.items():
+        if options.size not in module.SIZES:
+            parser.error(f"{name} has no size {options.size!r}: its sizes are {', '.join(module.SIZES)}")
+    keys = list(dict.fromkeys(key for module in modules.values() for key in module.METHODS))
+    unknown = [key for key in options.methods or () if key not in keys]
+    if unknown:
+        parser.error(f"unknown method(s) {', '.join(unknown)}: there are {', '.join(keys)}")
     carry_out(options, lambda: _run(options, options.workloads or names, given), lines_of)
 
 

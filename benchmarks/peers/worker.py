@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.peers.memory import peak_bytes, peak_resident
-from benchmarks.peers.side import Method, NotOffered, Passes, Side
+from benchmarks.peers.side import Method, NotOffered, Passes, Side, Task
 from benchmarks.peers.timing import timed
 
 __all__ = ["Worker", "main"]
@@ -98,7 +98,7 @@ class Worker:
         """Puts a side where it began; False where it cannot (see :meth:`Side.place`)."""
         task = self.tasks[key]
         self.forget(key)
-        if not hasattr(task, "inner") or not hasattr(task, "outer"):
+        if not isinstance(task, Task):  # only the functional form has values to put back
             return False
         try:
             self.sides[key].place(*([as_array(x) for x in part] for part in (task.inner, task.outer)))

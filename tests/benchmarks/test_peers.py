@@ -294,6 +294,11 @@ def test_a_run_of_exact_steps_and_what_suffices_there() -> None:
 
 def test_unknown_workloads_are_refused_with_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"regularisation", "reweighting"} <= set(workloads())
-    with pytest.raises(SystemExit):
-        main(["regularization"])
-    assert "regularisation" in capsys.readouterr().err
+    for arguments, exists in (
+        (["regularization"], "regularisation"),
+        (["regularisation", "--size", "huge"], "small, full"),
+        (["regularisation", "--methods", "neuman"], "neumann"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert exists in capsys.readouterr().err
