@@ -43,7 +43,9 @@ def choose(
 
     Raises:
         ConfigError: "fused" is asked for and impossible.
+        UnknownNameError: ``kernels`` is none of :data:`Kernels`.
     """
+    check_kernels(kernels)
     if kernels == "torch" or (kernels == "auto" and not weight.is_cuda):
         return False
     reason = obstacle(x, weight, lora_A, lora_B, magnitude, bias, base_result)

@@ -34,15 +34,18 @@ def check_compile(owner: str, value: object, products: str, curvature: str) -> N
     """
     if not isinstance(value, (bool, str)):
         raise ConfigError(f"{owner}.compile must be True, False or the name of a back end, not {value!r}")
-    if isinstance(value, str) and value not in KNOWN_COMPILERS:
-        choices = torch._dynamo.list_backends(exclude_tags=())
-        if value not in choices:
-            raise unknown_name(f"value of {owner}.compile", value, choices)
+    if isinstance(value, str) and not _is_back_end(value):
+        usual = sorted({*KNOWN_COMPILERS, *torch._dynamo.list_backends()})
+        raise unknown_name(f"value of {owner}.compile", value, usual)
     if value and (products != "autodiff" or curvature != "hessian"):
         raise ConfigError(
             f"{owner}.compile is for products='autodiff' with curvature='hessian', not products={products!r} with "
             f"curvature={curvature!r}"
         )
+
+
+def _is_back_end(name: str) -> bool:
+    return name in KNOWN_COMPILERS or name in torch._dynamo.list_backends(exclude_tags=())
 
 
 def graph_kind(curvature: str, compiler: bool | str) -> Callable[..., GradientGraph]:

@@ -567,3 +567,9 @@ def test_one_layers_gradients_are_reproducible_on_the_gpu():
     low = {name: t.cuda().bfloat16() for name, t in tensors.items()}
     first, second = (derivatives(fused, low, weight.cuda().bfloat16(), None) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_misspelt_choice_is_refused() -> None:
+    x, W, A, B, m = torch.randn(4, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2), torch.rand(6)
+    with pytest.raises(UnknownNameError, match=r"unknown kernels 'fusd': did you mean 'fused'\?"):
+        dora_linear(x, W, A, B, m, 1.0, kernels="fusd")  # type: ignore[arg-type]
