@@ -63,7 +63,7 @@ def reason(found: np.ndarray, reference: Reference, tolerance: float) -> str:
         if distance <= PARALLEL:
             causes = {**COMMON, **reference.factors}
             cause = next((text for text, x in causes.items() if abs(factor / x - 1) < PARALLEL), "")
-            # A factor without a cause tells something of the right value only.
-            if cause or not name:
+            # A factor without a cause tells something of the right value only, and 1 is none.
+            if cause or (not name and abs(factor - 1) > PARALLEL):
                 return f"{factor:.3g} × {name or 'the right value'}" + (f": {cause}" if cause else "")
     return f"{error(found, own):.2g} away from the method's value, cosine {cosine(found, own):.3f}"

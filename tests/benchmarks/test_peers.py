@@ -119,6 +119,7 @@ def test_the_reason_of_a_wrong_hypergradient_is_named() -> None:
     assert reason(-own, reference, 1e-6) == "-1 × the right value: the sign is flipped"
     assert reason(RATE * own, reference, 1e-6) == "0.05 × the right value: it carries the inner learning rate"
     assert reason(3 * own, reference, 1e-6) == "3 × the right value"
+    assert reason(1.001 * own, reference, 1e-6) == "0.001 away from the method's value, cosine 1.000"
     assert reason(0 * own, reference, 1e-6) == "zero"
     assert reason(np.where(own > 0, np.nan, own), reference, 1e-6).endswith("not finite")
     assert reason(own[:-1], reference, 1e-6) == "5 numbers instead of 6"

@@ -122,9 +122,10 @@ def test_steps_on_minilm(key: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_detached_norm_is_recognised() -> None:
+@pytest.mark.parametrize("key", ["dora", "bidora_difference", "bidora_exact"])
+def test_a_detached_norm_is_recognised(key: str) -> None:
     """PEFT's DoRA takes the norm of the adapted weight for a constant."""
     module = workload("minilm")
-    made, method = module.data("small", None)[0], module.METHODS["dora"]
+    made, method = module.data("small", None)[0], module.METHODS[key]
     found = hypergradient(built("minilm", "peft", method, made))
     assert "norm detached" in reason(found, module.reference(made, "small", method), method.tolerance)

@@ -7,7 +7,8 @@ product needs a second derivative).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ TARGETS, RANK, ALPHA, RATE, OUTER_RATE = ("query", "key", "value", "dense"), 4, 
 METHODS = {
     "lora": Method("a pass of LoRA", tolerance=1e-3),
     "dora": Method("a pass of DoRA", tolerance=1e-3),
-    "bidora_difference": Method("a step of BiDoRA, central differences", tolerance=3e-2),
+    "bidora_difference": Method("a step of BiDoRA, central differences", tolerance=1e-3),
     "bidora_exact": Method("a step of BiDoRA, exact product", tolerance=1e-3),
 }
 
@@ -174,40 +175,55 @@ def task(arrays: Arrays, size: str, device: str = "cpu", dtype: str = "float32")
 def reference(arrays: Arrays, size: str, method: Method) -> Reference:
     """The gradient of A, B (and m), or the hypergradient of m after an inner step, by plain torch."""
     texts = task(arrays, size, dtype="float64")
-    model, adapters = by_hand(texts, magnitude=method is not METHODS["lora"])
-    everything = [p for part in adapters.values() for p in part]
-    gradient = torch.autograd.grad(texts.loss(model, texts.inner), everything)
+    if method is METHODS["lora"]:
+        return Reference(_gradient(texts, magnitude=False).numpy())
     if "step" not in method.kind:
-        if method is METHODS["lora"]:
-            return Reference(flat(gradient).numpy())
-        return Reference(flat(gradient).numpy(), None, {"the gradient with the norm detached": _detached(texts)})
-    directions, magnitudes = [*adapters["A"], *adapters["B"]], adapters["m"]
-    with torch.no_grad():
-        for p, g in zip(directions, gradient, strict=False):
-            p -= RATE * g
-    graph = torch.autograd.grad(texts.loss(model, texts.inner), directions, create_graph=True)
-    both = torch.autograd.grad(texts.loss(model, texts.outer), [*directions, *magnitudes])
+        own = _gradient(texts, magnitude=True)
+        with _norm(detached=True):
+            others = {"the gradient with the norm detached": _gradient(texts, magnitude=True).numpy()}
+        return Reference(own.numpy(), None, others)
+    direct, mixed = _hypergradient(texts)
+    # ∂f/∂m is right with a detached norm, and so are its differences in w.
+    wrong = torch.sub(*_hypergradient(texts, detached=True, product_detached=method is METHODS["bidora_exact"]))
+    others = {"the direct part alone": direct.numpy(), "the hypergradient with the norm detached": wrong.numpy()}
+    return Reference((direct - mixed).numpy(), None, others)
+
+
+def _gradient(texts: Texts, *, magnitude: bool) -> Tensor:
+    model, adapters = by_hand(texts, magnitude=magnitude)
+    return flat(torch.autograd.grad(texts.loss(model, texts.inner), [p for part in adapters.values() for p in part]))
+
+
+def _hypergradient(texts: Texts, *, detached: bool = False, product_detached: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns ``∂F/∂m`` and ``∂²f/∂m∂w · ∂F/∂w`` after an inner step."""
+    model, adapters = by_hand(texts, magnitude=True)
+    directions, magnitudes = parts(adapters)
+    with _norm(detached=detached):
+        gradient = torch.autograd.grad(texts.loss(model, texts.inner), directions)
+        with torch.no_grad():
+            for p, g in zip(directions, gradient, strict=True):
+                p -= RATE * g
+        both = torch.autograd.grad(texts.loss(model, texts.outer), [*directions, *magnitudes])
+    with _norm(detached=product_detached):
+        graph = torch.autograd.grad(texts.loss(model, texts.inner), directions, create_graph=True)
     v, direct = both[: len(directions)], both[len(directions) :]
-    mixed = torch.autograd.grad(graph, magnitudes, v)
-    own = flat(direct) - flat(mixed)
-    return Reference(own.numpy(), None, {"the direct part alone": flat(direct).numpy()})
+    return flat(direct), flat(torch.autograd.grad(graph, magnitudes, v))
 
 
-def _detached(texts: Texts) -> np.ndarray:
-    """Returns the gradient of A, B and m where the norm is taken for a constant, as PEFT does."""
-    plain = Adapted.forward
+@contextmanager
+def _norm(*, detached: bool) -> Iterator[None]:
+    """Takes the norm for a constant where it is to be detached, as PEFT does."""
 
     def forward(self: Adapted, base: Tensor) -> Tensor:
         assert self.m is not None
         weight = base + ALPHA / RANK * (self.B @ self.A)
         return (self.m / torch.linalg.vector_norm(weight.detach(), dim=1)).unsqueeze(1) * weight
 
-    Adapted.forward = forward  # type: ignore[method-assign]
+    plain = Adapted.forward
+    if detached:
+        Adapted.forward = forward  # type: ignore[method-assign]
     try:
-        model, adapters = by_hand(texts, magnitude=True)
-        everything = [p for part in adapters.values() for p in part]
-        found: np.ndarray = flat(torch.autograd.grad(texts.loss(model, texts.inner), everything)).numpy()
-        return found
+        yield
     finally:
         Adapted.forward = plain  # type: ignore[method-assign]
 
