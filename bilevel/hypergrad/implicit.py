@@ -34,7 +34,10 @@ from bilevel.vector import Tensors, axpy, is_finite, norm, promote, scale, subtr
 
 __all__ = ["Implicit", "Iterative", "System", "Variables"]
 
-SOLUTION, BEFORE = "solution", "solution_before"
+SOLUTIONS = ("solution", "solution_before", "solution_before_that")
+"""Keys of the state, the last solution first."""
+EXTRAPOLATION: dict[int, tuple[float, ...]] = {1: (1.0,), 2: (2.0, -1.0), 3: (3.0, -3.0, 1.0)}
+"""The next value of a sequence, constant, linear or quadratic, by its last ones."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class System:
         v: The right-hand side, rescaled by a power of two to a norm near 1.
         epsilon: Relative round-off of the products.
         variables: All inner variables, of which the system is over the active ones.
-        start: The solution of the call before, in the same scale, where the method starts from it.
+        start: Where the solutions of the calls before lead, in the same scale, where the method starts from it.
         diagonal: What the inner optimiser takes for the diagonal of H, or None.
         state: What the method kept at its last call, when other variables may have been active.
         transposed: Whether products are with the transposed Jacobian of the inner gradient; if not, the system is the
@@ -165,13 +168,9 @@ class Implicit(Estimator):
         """Returns the status in the light of the true residual."""
         return solution.status
 
-    def starts_warm(self) -> bool:
-        """Whether the solution of one call is where the next one starts."""
-        return False
-
-    def extrapolates(self) -> bool:
-        """Whether a warm start goes on as the last two solutions went."""
-        return False
+    def starts_from(self) -> int:
+        """Returns how many solutions, at most, of the calls before a start is made of; 0 where it is zero."""
+        return 0
 
     def tolerance(self) -> float:
         """Returns the relative residual at which the method stops; 0 where it does not go by it."""
@@ -185,8 +184,11 @@ class Iterative(Implicit):
     Attributes:
         warm_start: Start from the solution of the call before, which the state carries. In an engine that is the last
             outer step; as a function pass ``state={}`` at first and each result's ``state`` to the next call.
-            ``"linear"`` goes on from the last two, ``2 q₁ − q₂``, which is nearer where outer steps are alike. Of inner
-            variables that do not reach the loss on a batch, the last solution is kept for when they do.
+            ``"linear"`` goes on from the last two, ``2 q₁ − q₂``, and ``"quadratic"`` from the last three,
+            ``3 q₁ − 3 q₂ + q₃``: their distance is of second and third order in an outer step, beside √5 and √19 times
+            the error of a solution. They are nearer where outer steps are small and alike, on full batches; the state
+            keeps two and three vectors. Of inner variables that do not reach the loss on a batch, the last solution is
+            kept for when they do.
     """
 
     warm_start: bool | str = field(default=False, kw_only=True)
@@ -196,9 +198,10 @@ class Iterative(Implicit):
         super().__post_init__()
         if self.warm_start in ("true", "True", "false", "False"):
             object.__setattr__(self, "warm_start", self.warm_start in ("true", "True"))
-        if not isinstance(self.warm_start, bool) and self.warm_start != "linear":
+        if not isinstance(self.warm_start, bool) and self.warm_start not in ("linear", "quadratic"):
             raise ConfigError(
-                f"{type(self).__name__}.warm_start must be True, False or 'linear', not {self.warm_start!r}"
+                f"{type(self).__name__}.warm_start must be True, False, 'linear' or 'quadratic', not "
+                f"{self.warm_start!r}"
             )
 
     @property
@@ -206,13 +209,11 @@ class Iterative(Implicit):
         """A warm start does."""
         return bool(self.warm_start)
 
-    def starts_warm(self) -> bool:
-        """See :meth:`Implicit.starts_warm`."""
-        return bool(self.warm_start)
-
-    def extrapolates(self) -> bool:
-        """See :meth:`Implicit.extrapolates`."""
-        return self.warm_start == "linear"
+    def starts_from(self) -> int:
+        """See :meth:`Implicit.starts_from`."""
+        if isinstance(self.warm_start, bool):
+            return int(self.warm_start)
+        return {"linear": 2, "quadratic": 3}[self.warm_start]
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def solve_adjoint(
     """Solves the adjoint system; the last product gives answer and true residual together."""
     variables = Variables(cotangent, products.active)
     v = variables.select(cotangent)
-    known = kept_vector(estimator, SOLUTION, variables, state) if estimator.starts_warm() else None
+    known = kept_solutions(estimator, variables, state)
     system, damping = _Counted(lambda q: promote(products.hessian(q)), products), estimator.regularisation()
     slope = float(norm([part.detach() for part in products.gradient]))
     epsilon = max(products.roundoff(), machine_epsilon(v))
@@ -269,10 +270,10 @@ def solve_adjoint(
         status, message = (Status.CONVERGED, "") if size == 0.0 else (Status.DIVERGED, "∂F/∂w is not finite")
         solution, kept = (
             Solution(v, status, 0, message),
-            {k: part for k, part in state.items() if k not in (SOLUTION, BEFORE)},
+            {k: part for k, part in state.items() if k not in SOLUTIONS},
         )
     else:
-        start = None if known is None else _start(estimator, known, variables, state, unit)
+        start = _start(known, variables, unit) if known else None
         given = System(
             damped(system, damping),
             v,
@@ -291,7 +292,7 @@ def solve_adjoint(
             solution, new = Solution(start, Status.CONVERGED, 1), state
         else:
             solution, new = estimator.solve(given)
-    kept = {key: part for key, part in new.items() if key not in (SOLUTION, BEFORE)}
+    kept = {key: part for key, part in new.items() if key not in SOLUTIONS}
     # In the outer loss's own units: its Lipschitz constants are not rescaled.
     bound, extra = _certify(estimator, products, slope, scale(unit, solution.q), scale(unit, v))
     if first is not None and solved:
@@ -305,13 +306,12 @@ def solve_adjoint(
     damping_note = f"the residual is that of the system damped by {damping:g}" if damping > 0.0 else ""
     if math.isnan(residual) or not is_finite(mixed):
         status = Status.DIVERGED
-    if estimator.starts_warm() and not (status.failed and status is not Status.INACCURATE):
+    if estimator.starts_from() and not (status.failed and status is not Status.INACCURATE):
         # That of a variable which is inactive now is the best start for the time when it is active again.
-        kept[SOLUTION] = variables.spread(
-            scale(unit, solution.q), lambda place, like: torch.zeros_like(like) if known is None else known[place]
+        latest = variables.spread(
+            scale(unit, solution.q), lambda place, like: known[0][place] if known else torch.zeros_like(like)
         )
-        if estimator.extrapolates() and SOLUTION in state:
-            kept[BEFORE] = state[SOLUTION]
+        kept |= dict(zip(SOLUTIONS, (latest, *known[: estimator.starts_from() - 1]), strict=False))
     info = SolveInfo(
         status=status,
         residual=residual,
@@ -377,11 +377,24 @@ class _Counted:
         return self._product(q)
 
 
-def _start(estimator: Implicit, known: Tensors, variables: Variables, state: State, unit: float) -> Tensors:
-    before = kept_vector(estimator, BEFORE, variables, state) if estimator.extrapolates() else None
-    if before is not None:
-        known = subtract(scale(2.0, known), before)
-    return scale(1 / unit, variables.select(known))
+def _start(known: Sequence[Tensors], variables: Variables, unit: float) -> Tensors:
+    """Returns the value that the last solutions lead to, latest first."""
+    first, *others = EXTRAPOLATION[len(known)]
+    start = scale(first / unit, variables.select(known[0]))
+    for factor, solution in zip(others, known[1:], strict=True):
+        start = axpy(factor / unit, variables.select(solution), start)
+    return start
+
+
+def kept_solutions(estimator: Implicit, variables: Variables, state: State) -> list[Tensors]:
+    """Returns those solutions of the calls before that a start is made of, latest first."""
+    found = []
+    for key in SOLUTIONS[: estimator.starts_from()]:
+        vector = kept_vector(estimator, key, variables, state)
+        if vector is None:
+            break
+        found.append(vector)
+    return found
 
 
 def kept_vector(estimator: Implicit, key: str, variables: Variables, state: State) -> Tensors | None:

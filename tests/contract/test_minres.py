@@ -168,7 +168,7 @@ def test_gauss_newton_curvature_is_refused() -> None:
         ("max_iterations", 0, "an integer of at least 1, not 0"),
         ("rtol", -1e-9, "a finite number at least 0, not -1e-09"),
         ("damping", float("inf"), "a finite number at least 0, not inf"),
-        ("warm_start", 1, "True, False or 'linear', not 1"),
+        ("warm_start", 1, "True, False, 'linear' or 'quadratic', not 1"),
     ],
 )
 def test_fields_are_validated(field: str, value: object, expected: str) -> None:

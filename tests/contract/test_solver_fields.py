@@ -97,6 +97,27 @@ def test_a_linear_warm_start_goes_on_as_the_last_two_solutions_went(method: Any)
     assert counts["linear"][2:] == [1, 1] < counts[True][2:]
 
 
+@pytest.mark.parametrize("method", KRYLOV)
+def test_a_quadratic_warm_start_is_exact_where_solutions_lie_on_a_parabola(method: Any) -> None:
+    # w* and with it v = ∂F/∂w and q are linear in λ here: what bends the path of q is an outer loss that moves.
+    bend = torch.linspace(1.0, 2.0, 8, dtype=DOUBLE)
+    counts: dict[str, list[int]] = {}
+    for warm in ("linear", "quadratic"):
+        estimator, state, counts[warm] = method(warm_start=warm, rtol=1e-8), {}, []
+        for step, sample in enumerate(path_of_quadratics(5)):
+            inner_loss, outer_loss = sample.losses()
+            moving = lambda w, lam, outer=outer_loss, step=step: outer(w, lam) + 0.05 * step**2 * (bend * w).sum()  # noqa: E731
+            result = hypergradient(inner_loss, moving, sample.inner, sample.outer, estimator, state=state)
+            exact = hypergradient(inner_loss, moving, sample.inner, sample.outer, "exact")
+            torch.testing.assert_close(result.grad, exact.grad, rtol=1e-5, atol=1e-6)
+            state = result.state
+            counts[warm].append(result.info.products)
+        kept = {"linear": 2, "quadratic": 3}[warm]
+        assert sum(key.startswith("solution") for key in state) == kept
+    assert counts["quadratic"][:3] == counts["linear"][:3]  # the third call has two solutions to start from
+    assert counts["quadratic"][3:] == [1, 1] < counts["linear"][3:]
+
+
 @pytest.mark.parametrize("method", [ConjugateGradient, Neumann])
 def test_a_preconditioner_is_kept_for_as_many_calls_as_it_is_to_serve(method: Any) -> None:
     sample = make_quadratic(8, 3, 100.0, 1.0, 3)
@@ -160,10 +181,11 @@ def test_a_warm_start_follows_the_variables_that_reach_the_loss(method: Any, siz
     assert all(float(part.norm()) > 0.0 for part in state["solution"])  # what the other expert had is kept for it
 
 
-def test_a_linear_warm_start_follows_the_variables_too() -> None:
-    experts, estimator = Experts((4, 6)), ConjugateGradient(rtol=1e-8, warm_start="linear")
+@pytest.mark.parametrize("warm_start", ["linear", "quadratic"])
+def test_a_warm_start_from_several_solutions_follows_the_variables_too(warm_start: str) -> None:
+    experts, estimator = Experts((4, 6)), ConjugateGradient(rtol=1e-8, warm_start=warm_start)
     state: Any = {}
-    for expert in (0, 1, 1, 0, 0):
+    for expert in (0, 1, 1, 0, 0, 1):
         found = experts.called(expert, estimator, state)
         expected = experts.called(expert, ConjugateGradient(rtol=1e-8), None)
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-6, atol=1e-6)
@@ -204,7 +226,7 @@ def test_a_preconditioner_of_more_variables_serves_fewer() -> None:
 
 
 def test_fields_of_warm_starts_and_kept_preconditioners_are_checked() -> None:
-    with pytest.raises(ConfigError, match=r"warm_start must be True, False or 'linear', not 'cubic'"):
+    with pytest.raises(ConfigError, match=r"warm_start must be True, False, 'linear' or 'quadratic', not 'cubic'"):
         ConjugateGradient(warm_start="cubic")
     with pytest.raises(ConfigError, match="preconditioner_every belongs to preconditioner='nystrom'"):
         Neumann(preconditioner_every=2)
