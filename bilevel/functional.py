@@ -470,11 +470,16 @@ def independent(name: str) -> LossError:
     )
 
 
-def require_finite(value: Tensor, name: str) -> None:
-    """Raises :class:`~bilevel.errors.NonFiniteError` for a loss that is NaN or infinite."""
-    number = value.item()
+def require_finite(value: Tensor, name: str, number: float | None = None) -> float:
+    """Returns a loss as a number, which may have been read before.
+
+    Raises:
+        NonFiniteError: It is NaN or infinite.
+    """
+    number = value.item() if number is None else number
     if not math.isfinite(number):
         raise NonFiniteError(f"the loss of {name} is {number}, where a finite number was expected")
+    return number
 
 
 def dense_gradient(grads: Sequence[Tensor | None], inputs: Tensors) -> Tensors:

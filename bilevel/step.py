@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
 from bilevel.errors import NonFiniteError
 from bilevel.faults import Work
@@ -22,7 +22,7 @@ from bilevel.problems import Problem
 from bilevel.randomness import Replay, capture
 from bilevel.result import SolveInfo
 from bilevel.settings import EngineConfig
-from bilevel.vector import length
+from bilevel.vector import lengths, on_host, read
 
 __all__ = ["NonFiniteStepError", "Report", "Step"]
 
@@ -178,29 +178,52 @@ class Step:
         return result
 
     def _check_and_update(self, problem: Problem, result: LossGradient) -> None:
-        value = float(result.value)
-        if self._overflowed(problem, result, value):
+        if problem.name in self.scales and self._overflowed(problem, result):
             return
-        size = length(result.gradient)
-        for what, number in (("loss", value), ("gradient's norm", size)):
+        shown = self.show is not None and bool(self._dependencies.lower[problem.name])
+        metrics = _tensors(result.metrics)
+        # A device is not waited for before it has the update to do, where that can be undone and nobody looks at it.
+        late = self.config.restore_on_error and not shown and not on_host(result.value) and problem.updates_plainly
+        if late:
+            try:
+                self._apply(problem, result, result.value)
+            except Exception:
+                self._look(problem, result)  # what an optimiser says of a gradient that is not finite is no help
+                raise
+            size, value, *numbers = self._look(problem, result, metrics.values())
+        else:
+            size, value = self._look(problem, result)
+            if self.show is not None and shown:
+                with self._activity(Work.HOOK, problem.name):
+                    self.show(problem, result)
+            self._apply(problem, result, value)
+            numbers = read(list(metrics.values())) if metrics else []
+        self.report.losses[problem.name], self.report.norms[problem.name] = value, size
+        if result.metrics:
+            found = {**result.metrics, **dict(zip(metrics, numbers, strict=True))}
+            self.report.metrics.update({f"{problem.name}/{key}": _number(metric) for key, metric in found.items()})
+
+    def _look(self, problem: Problem, result: LossGradient, metrics: Iterable[Tensor] = ()) -> list[float]:
+        """Returns the norm of a gradient, the loss and metrics, in one transfer; raises where the first two say so."""
+        found = lengths(result.gradient, also=[*(() if result.number is not None else (result.value,)), *metrics])
+        if result.number is not None:
+            found.insert(1, result.number)
+        for what, number in (("loss", found[1]), ("gradient's norm", found[0])):
             if not math.isfinite(number):
                 text = f"the {what} of problem {problem.name!r} is {number}, where a finite number was expected"
                 raise self._refusal(problem, text)
-        if self.show is not None and self._dependencies.lower[problem.name]:
-            with self._activity(Work.HOOK, problem.name):
-                self.show(problem, result)
+        return found
+
+    def _apply(self, problem: Problem, result: LossGradient, value: float | Tensor) -> None:
         with self._activity(Work.UPDATE, problem.name):
             problem.update(result.gradient, {"loss": value, **result.metrics})
-        self.report.losses[problem.name], self.report.norms[problem.name] = value, size
-        for key, metric in result.metrics.items():
-            self.report.metrics[f"{problem.name}/{key}"] = _number(metric)
 
-    def _overflowed(self, problem: Problem, result: LossGradient, value: float) -> bool:
-        """Moves the loss scale on, where there is one; an update whose gradients overflowed is left out and counted."""
-        scale = self.scales.get(problem.name)
-        if scale is None or not math.isfinite(value):
+    def _overflowed(self, problem: Problem, result: LossGradient) -> bool:
+        """Moves the loss scale on; an update whose gradients overflowed is left out and counted."""
+        value = float(result.value)
+        if not math.isfinite(value):
             return False
-        scale.update(overflow=result.overflow)
+        self.scales[problem.name].update(overflow=result.overflow)
         if result.overflow:
             self.report.overflows[problem.name] = self.report.overflows.get(problem.name, 0) + 1
             self.report.losses[problem.name] = value
@@ -250,5 +273,10 @@ class Step:
         )
 
 
+def _tensors(metrics: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the metrics that a device may hold."""
+    return {key: part.detach() for key, part in metrics.items() if isinstance(part, Tensor) and part.dim() == 0}
+
+
 def _number(metric: Any) -> float:
-    return float(metric.detach()) if isinstance(metric, torch.Tensor) else float(metric)
+    return float(metric.detach()) if isinstance(metric, Tensor) else float(metric)

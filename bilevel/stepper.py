@@ -16,6 +16,8 @@ from bilevel.errors import ConfigError, ParameterError, unknown_name
 
 __all__ = ["EVALUATE", "Scheduler", "Stepper", "check_optimizer", "make_scheduler"]
 
+_trains = operator.attrgetter("requires_grad")
+
 EVALUATE = "evaluate/"
 """What the name of a metric starts with that comes from a problem's ``evaluate()``."""
 
@@ -73,6 +75,7 @@ class Stepper:
         self._names = tuple(owned)
         self._parameters = tuple(owned.values())
         self._max_grad_norm = max_grad_norm
+        self._of_torch = type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
         self.optimizer = optimizer
         self.scheduler = None if scheduler is None else make_scheduler(name, scheduler, optimizer)
         self.metric = _metric(name, self.scheduler, scheduler_metric)
@@ -88,9 +91,14 @@ class Stepper:
         Raises:
             ParameterError: A parameter was added to the optimiser, taken out of it, frozen or unfrozen.
         """
-        trainable = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._held()
+
+    def _held(self) -> list[Tensor]:
+        """Returns what the optimiser holds, checked; frozen parameters are among it."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        trainable = held if all(map(_trains, held)) else list(filter(_trains, held))
         if len(trainable) == len(self._parameters) and all(map(operator.is_, trainable, self._parameters)):
-            return
+            return held
         now, before = {id(p) for p in trainable}, {id(p): n for n, p in zip(self._names, self._parameters, strict=True)}
         more = [tuple(p.shape) for p in trainable if id(p) not in before]
         less = [name for key, name in before.items() if key not in now]
@@ -128,8 +136,7 @@ class Stepper:
         Raises:
             ParameterError: See :meth:`check`.
         """
-        self.check()
-        return _Holding(self.optimizer, self._parameters, gradients)
+        return _Holding(self._held(), self._parameters, gradients)
 
     def advance_scheduler(self, values: Mapping[str, Any]) -> None:
         """Moves the scheduler on, if there is one and it does not wait for an evaluation.
@@ -156,12 +163,27 @@ class Stepper:
             gradients: One a parameter.
             changed: Whether somebody else than clipping and the optimiser will.
         """
-        if changed or self._max_grad_norm is not None or _changes_gradients(self.optimizer):
+        if changed or self._max_grad_norm is not None or self._changes_gradients():
             return [_copied(grad, p) for p, grad in zip(self._parameters, gradients, strict=True)]
         return [
             grad.detach() if _fits(grad, p) else _copied(grad, p)
             for p, grad in zip(self._parameters, gradients, strict=True)
         ]
+
+    @property
+    def plain(self) -> bool:
+        """Whether an update is that of an optimiser of torch's own, without hooks."""
+        return self._of_torch and not any(
+            getattr(self.optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        )
+
+    def _changes_gradients(self) -> bool:
+        """Whether the optimiser may change gradients in place.
+
+        They may not be its own: autograd can return one tensor for two parameters, or one that a custom function or an
+        earlier update's record still holds. Of torch's own only SGD with Nesterov's momentum and ``foreach`` does so.
+        """
+        return not self.plain or any(group.get("nesterov") for group in self.optimizer.param_groups)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Moves a scheduler on that waits for a metric of ``evaluate()``; does nothing otherwise.
@@ -248,8 +270,8 @@ def _required_arguments(function: Callable[..., Any]) -> list[str]:
 class _Holding(AbstractContextManager[None]):
     __slots__ = ("_gradients", "_held", "_kept", "_owned")
 
-    def __init__(self, optimizer: Optimizer, owned: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        self._held = [p for group in optimizer.param_groups for p in group["params"]]
+    def __init__(self, held: Sequence[Tensor], owned: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        self._held = held
         self._owned = owned
         self._gradients = gradients
 
@@ -271,18 +293,6 @@ class _Holding(AbstractContextManager[None]):
     def _put_back(self) -> None:
         for p, grad in zip(self._held, self._kept, strict=True):
             p.grad = grad
-
-
-def _changes_gradients(optimizer: Optimizer) -> bool:
-    """Whether an optimiser may change gradients in place.
-
-    They may not be its own: autograd can return one tensor for two parameters, or one that a custom function or an
-    earlier update's record still holds. Of torch's own only SGD with Nesterov's momentum and ``foreach`` does so.
-    """
-    if type(optimizer) is not getattr(torch.optim, type(optimizer).__name__, None):
-        return True
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    return bool(hooks) or any(group.get("nesterov") for group in optimizer.param_groups)
 
 
 def _fits(grad: Tensor, parameter: Tensor) -> bool:

@@ -20,9 +20,12 @@ __all__ = [
     "dot",
     "is_finite",
     "length",
+    "lengths",
     "negative",
     "norm",
+    "on_host",
     "promote",
+    "read",
     "scale",
     "subtract",
     "zeros_like",
@@ -62,6 +65,42 @@ def norm(vector: Iterable[Tensor]) -> Tensor:
 
 def length(vector: Sequence[Tensor]) -> float:
     """Returns the Euclidean norm as a number (one synchronisation), without overflow or underflow as :func:`norm`."""
+    return lengths(vector)[0]
+
+
+def lengths(*vectors: Sequence[Tensor], also: Sequence[Tensor] = ()) -> list[float]:
+    """Returns :func:`length` of several vectors, and then numbers, all in one synchronisation.
+
+    Args:
+        vectors: The vectors.
+        also: Zero-dimensional tensors to be read with them.
+    """
+    if all(map(on_host, [*[vector[0] for vector in vectors if len(vector)], *also])):
+        return [*map(_host_length, vectors), *[part.item() for part in also]]
+    parts = [[part.detach() for part in vector] for vector in vectors]
+    quick = [None if all(part.dtype is torch.float32 for part in vector) else torch.float64 for vector in parts]
+    found = read([*map(_device_norm, parts, quick), *also])
+    for place, vector in enumerate(parts):
+        if quick[place] is None and not 1e-12 < found[place] < 1e12:  # squares may have left the range of float32
+            found[place] = read([_device_norm(vector, torch.float64)])[0]
+    return found
+
+
+def read(numbers: Sequence[Tensor]) -> list[float]:
+    """Returns zero-dimensional tensors as numbers, in one transfer from the device of the first."""
+    if len(numbers) == 1 or all(map(on_host, numbers)):
+        return [number.item() for number in numbers]
+    device = numbers[0].device
+    found: list[float] = torch.stack([number.detach().to(device, torch.float64) for number in numbers]).tolist()
+    return found
+
+
+def on_host(part: Tensor) -> bool:
+    """Whether its numbers are at hand: to read one of another device is to wait for all that is queued there."""
+    return part.is_cpu
+
+
+def _host_length(vector: Sequence[Tensor]) -> float:
     sizes = []
     for part in vector:
         if part.dtype is not torch.float32 or not part.is_cpu:
@@ -71,17 +110,12 @@ def length(vector: Sequence[Tensor]) -> float:
         total = math.hypot(*sizes)
         if 1e-12 < total < 1e12:
             return total
-    parts = [part.detach() for part in vector]
-    if all(part.is_cpu for part in parts):
-        return math.hypot(*[_vector_norm(part, dtype=torch.float64).item() for part in parts])
-    if all(part.dtype == torch.float32 for part in parts):
-        total = float(_device_norm(parts, None))
-        if 1e-12 < total < 1e12:
-            return total
-    return float(_device_norm(parts, torch.float64))
+    return math.hypot(*[_vector_norm(part.detach(), dtype=torch.float64).item() for part in vector])
 
 
 def _device_norm(parts: list[Tensor], dtype: torch.dtype | None) -> Tensor:
+    if not parts:
+        return torch.zeros((), dtype=torch.float64)
     device = parts[0].device
     norms = [part.to(device) for part in torch._foreach_norm(parts, 2, dtype)]
     total: Tensor = _vector_norm(torch.stack(norms), dtype=torch.float64)

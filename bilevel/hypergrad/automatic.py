@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,11 +11,12 @@ import torch
 from bilevel.double_backward import NoSecondDerivativeError
 from bilevel.errors import BilevelWarning
 from bilevel.functional import gradient
-from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State
-from bilevel.hypergrad.mixed_product import IdentityResponse
+from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
+from bilevel.hypergrad.mixed_product import IdentityResponse, MixedProduct
 from bilevel.products import difference_length
+from bilevel.result import SolveInfo
 from bilevel.validation import check_number
-from bilevel.vector import Tensors, norm
+from bilevel.vector import Tensors, length
 
 __all__ = ["Automatic"]
 
@@ -63,6 +64,7 @@ class Automatic(Estimator):
     storage: ClassVar[str] = "the gradient's graph, or the parameters twice"
     purpose: ClassVar[str] = "large models of which you do not know whether they can be differentiated twice"
     needs_double_backward: ClassVar[bool] = False
+    needs_finite_cotangent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validates the field."""
@@ -83,27 +85,23 @@ class _AutomaticResponse(Response):
         return self.problem.inner
 
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
-        if DIFFERENCES not in state:
-            try:
-                exact = self._taken("exact", "exact mixed product", cotangent, state)
-            except NoSecondDerivativeError as error:
-                self._warn(f"has no second derivative, since {error.reason}")
-            else:
-                if float(norm(exact.value)) != 0.0:
-                    return exact
-                central = self._differences(cotangent, state)
-                if central.info.status.failed or not self._exceeds_rounding(central, cotangent):
-                    return exact
+        if DIFFERENCES in state:
+            return self._reported("central differences", self._taken("central", cotangent), state)
+        found = {**state, DIFFERENCES: (torch.ones(()),)}
+        try:
+            exact = self._taken("exact", cotangent)
+        except NoSecondDerivativeError as error:
+            self._warn(f"has no second derivative, since {error.reason}")
+            return self._reported("central differences", self._taken("central", cotangent), found)
+        if exact.size == 0.0:
+            central = self._taken("central", cotangent)
+            if not central.status.failed and self._exceeds_rounding(central, cotangent):
                 self._warn(
                     "has a mixed product of zero for autograd and another one by differences, as where a custom "
                     "backward pass detaches what it multiplies by"
                 )
-                return central
-        return self._differences(cotangent, state)
-
-    def _differences(self, cotangent: Tensors, state: State) -> Pullback:
-        state = {**state, DIFFERENCES: (torch.ones(()),)}
-        return self._taken("central", "central differences", cotangent, state)
+                return self._reported("central differences", central, found)
+        return self._reported("exact mixed product", exact, state)
 
     def _warn(self, reason: str) -> None:
         warnings.warn(
@@ -112,23 +110,26 @@ class _AutomaticResponse(Response):
             stacklevel=3,
         )
 
-    def _exceeds_rounding(self, central: Pullback, cotangent: Tensors) -> bool:
+    def _exceeds_rounding(self, central: MixedProduct, cotangent: Tensors) -> bool:
         """Whether ``∂f/∂λ`` has changed by more than ``u^(2/3)`` of itself over the differences' displacement.
 
         It changes by an order of u where only rounding and third derivatives do it (a length is ``u^(1/3)``), and by an
         order of ``u^(1/3)`` where there is a product. Cost: 1 forward and 1 backward pass, unless they are zero.
         """
-        size = float(norm(central.value))
-        if size == 0.0:
+        size = central.size
+        if not size:
             return False
         inner, outer, objective = self.problem.inner, self.problem.outer, self.problem.objective
-        change = size * difference_length(self.estimator.epsilon, inner) / float(norm(cotangent))
+        change = size * difference_length(self.estimator.epsilon, inner) / length(cotangent)
         grads = objective.within(inner, outer, lambda evaluate: gradient(evaluate(), outer, objective))
         roundoff = max(torch.finfo(part.dtype).eps for part in inner + outer)
-        return change > float(roundoff ** (2 / 3)) * float(norm(part for part in grads if part is not None))
+        return change > float(roundoff ** (2 / 3)) * length([part for part in grads if part is not None])
 
-    def _taken(self, difference: str, what: str, cotangent: Tensors, state: State) -> Pullback:
+    def _taken(self, difference: str, cotangent: Tensors) -> MixedProduct:
         response = IdentityResponse(self.estimator, self.problem, "new", difference, self.estimator.epsilon)
-        pulled = response.pullback(cotangent, state)
-        message = "; ".join(part for part in (what, pulled.info.message) if part)
-        return replace(pulled, info=replace(pulled.info, message=message))
+        return response.product(cotangent)
+
+    def _reported(self, what: str, found: MixedProduct, state: State) -> Pullback:
+        message = "; ".join(part for part in (what, found.message) if part)
+        info = SolveInfo(found.status, products=found.products, method=self.estimator.name, message=message)
+        return Pullback(negative(found.value), info, state)

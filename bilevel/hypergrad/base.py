@@ -70,8 +70,8 @@ class InnerProblem:
         trajectory: The updates that led to ``inner``, oldest first; empty where they were not recorded.
         samples: The inner loss on separate batches, for methods that want more than one; ``objective`` alone where
             there are none.
-        diagonal: What the inner optimiser takes for the diagonal of the curvature (``√v̂ + ε`` of Adam); None where it
-            keeps none.
+        diagonal: What the inner optimiser takes for the diagonal of the curvature (``√v̂ + ε`` of Adam), where the
+            estimator needs it; None where the optimiser keeps none.
         start: Where the trajectory starts from outer parameters: for each inner variable the place in ``outer`` of the
             one that it was copied from; None where the start is a constant.
     """
@@ -144,6 +144,9 @@ class Estimator(ABC):
     """Whether the inner problem's updates must be recorded."""
     needs_update: ClassVar[bool] = True
     """Whether recorded updates are made again or differentiated, so that the optimiser's own must be known."""
+    needs_finite_cotangent: ClassVar[bool] = True
+    """Whether cotangents must be known to be finite beforehand: where a pass is taken at a point that depends on one,
+    and nobody looks at it first. On a GPU to know costs a wait for all that is queued."""
     follows_start: ClassVar[bool] = False
     """Whether the derivative goes through outer parameters from which the updates started."""
 
@@ -166,6 +169,11 @@ class Estimator(ABC):
     def num_samples(self) -> int:
         """How many separate inner batches are wanted."""
         return 1
+
+    @property
+    def needs_diagonal(self) -> bool:
+        """Whether the inner optimiser's diagonal is read: see :class:`InnerProblem`."""
+        return False
 
     @property
     def needs_state(self) -> bool:

@@ -56,6 +56,7 @@ class FiniteDifference(Estimator):
         "large models and fused attention, where no second derivative exists; a direction, not a length"
     )
     needs_double_backward: ClassVar[bool] = False
+    needs_finite_cotangent: ClassVar[bool] = False
     needs_update: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class Identity(Estimator):
     storage: ClassVar[str] = "the gradient's graph; center='old': through the outer loss's passes too"
     purpose: ClassVar[str] = "large models trained a step or a few per outer step; a direction, not a length"
     needs_update: ClassVar[bool] = False
+    needs_finite_cotangent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Validates the field."""

@@ -7,9 +7,10 @@ the step has taken already.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from bilevel.double_backward import second_derivative_errors
 from bilevel.errors import ConfigError
@@ -23,9 +24,9 @@ from bilevel.functional import (
     require_finite,
 )
 from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State, StepGraph, negative
-from bilevel.products import TOLERATED_ROUNDING, GradientGraph, difference_length, displaced, displacement_error
+from bilevel.products import TOLERATED_ROUNDING, difference_length, displaced, displacement_error
 from bilevel.result import SolveInfo, Status
-from bilevel.vector import Tensors, is_finite, norm, promote, zeros_like
+from bilevel.vector import Tensors, is_finite, length, lengths, promote, scale, subtract, zeros_like
 
 __all__ = [
     "CENTERS",
@@ -53,6 +54,7 @@ class MixedProduct:
         products: Products, or the gradient passes of a difference.
         message: ε and what rounding did; which graph was used, where there was a choice.
         gradient: ``∂f/∂w`` where it was seen.
+        size: ``‖value‖`` where it was read.
     """
 
     value: Tensors
@@ -60,6 +62,7 @@ class MixedProduct:
     products: int = 0
     message: str = ""
     gradient: Tensors | None = None
+    size: float | None = None
 
 
 def check_center(owner: str, center: str, difference: str) -> None:
@@ -135,14 +138,16 @@ def mixed_product(
     """
     if difference == "exact":
         return _exact(objective, inner, outer, q) if graph is None else _kept(objective, graph, outer, q)
-    size = float(norm(q))
+    size, weight = lengths(q, [part.detach() for part in inner])
     if size == 0.0:
-        return MixedProduct(zeros_like(outer))
+        return MixedProduct(zeros_like(outer), size=0.0)
+    if not math.isfinite(size):  # not a pass with parameters that are NaN: what a loss does with them is not known
+        unknown = tuple(torch.full_like(part, math.nan) for part in outer)
+        return MixedProduct(unknown, Status.DIVERGED, message="∂F/∂w is not finite", size=math.nan)
     central = difference == "central"
-    weight = float(norm([part.detach() for part in inner]))
-    length = (difference_length if central else forward_length)(epsilon, inner, weight)
-    factor = length / size
-    lost = displacement_error(inner, q, factor, length, weight, central=central)
+    step = (difference_length if central else forward_length)(epsilon, inner, weight)
+    factor = step / size
+    lost = displacement_error(inner, q, factor, step, weight, central=central)
     # One displaced copy of the parameters at a time.
     first = promote(_outer_gradient(objective, displaced(inner, q, factor), outer))
     if central:
@@ -151,15 +156,15 @@ def mixed_product(
         second, products = _outer_gradient(objective, tuple(part.detach() for part in inner), outer), 2
     else:
         second, products = base, 1
-    quotient = size / (2 * length if central else length)
-    value = tuple((a - b) * quotient for a, b in zip(first, promote(second), strict=True))
+    value = scale(size / (2 * step if central else step), subtract(first, promote(second)))
     status = Status.INACCURATE if lost > TOLERATED_ROUNDING else Status.NOT_APPLICABLE
-    if not is_finite(value):
+    (found,) = lengths(value)
+    if not _is_finite(value, found):
         status = Status.DIVERGED
-    if status is Status.DIVERGED or float(norm(value)) == 0.0:
+    if status is Status.DIVERGED or found == 0.0:
         _require_dependence(objective, inner, outer)
-    message = f"epsilon {length:.3g}, norm of direction {size:.3g}, rounding of the displacement at most {lost:.0e}"
-    return MixedProduct(value, status, products, message)
+    message = f"epsilon {step:.3g}, norm of direction {size:.3g}, rounding of the displacement at most {lost:.0e}"
+    return MixedProduct(value, status, products, message, size=found)
 
 
 def forward_length(epsilon: float | str, inner: Tensors, size: float | None = None) -> float:
@@ -171,19 +176,29 @@ def forward_length(epsilon: float | str, inner: Tensors, size: float | None = No
     if not isinstance(epsilon, str):
         return epsilon
     roundoff = max(torch.finfo(part.dtype).eps for part in inner)
-    size = float(norm([part.detach() for part in inner])) if size is None else size
+    size = length(inner) if size is None else size
     return math.sqrt(roundoff) * math.sqrt(1 + size)
 
 
 def _exact(objective: Objective, inner: Tensors, outer: Tensors, q: Tensors) -> MixedProduct:
     point = inner if all(part.requires_grad for part in inner) else leaves(inner)
 
-    def body(evaluate: Evaluate) -> tuple[Tensors, Tensors]:
-        graph = GradientGraph(objective, evaluate, point, outer)
-        return graph.mixed(graph.select(q)), tuple(part.detach() for part in graph.gradient)
+    def body(evaluate: Evaluate) -> tuple[Tensor, Tensors, Tensors]:
+        value = evaluate()
+        pairs = list(zip(gradient(value, point, objective, create_graph=True), q, strict=True))
+        grads = tuple([grad for grad, _ in pairs if grad is not None])
+        if not grads:
+            require_finite(value, objective.name)
+            raise independent(objective.name)
+        bars = tuple([bar for grad, bar in pairs if grad is not None])
+        return value.detach(), pulled_back(objective, grads, bars, outer, retain=False), grads
 
-    value, found = objective.within(point, outer, body)
-    return MixedProduct(value, _finite(value), 1, gradient=found)
+    value, pulled, grads = objective.within(point, outer, body)
+    # Read when all has been queued: a device that is waited for earlier stands still while the next pass is.
+    size, number = lengths(pulled, also=[value])
+    require_finite(value, objective.name, number)
+    found = tuple([grad.detach() for grad in grads])
+    return MixedProduct(pulled, _status(pulled, size), 1, gradient=found, size=size)
 
 
 def _kept(objective: Objective, graph: StepGraph, outer: Tensors, q: Tensors) -> MixedProduct:
@@ -193,7 +208,8 @@ def _kept(objective: Objective, graph: StepGraph, outer: Tensors, q: Tensors) ->
         return pulled_back(objective, graph.gradient, q, outer, retain=True)
 
     value = objective.within(graph.inner, outer, body)
-    return MixedProduct(value, _finite(value), 1, "on the graph of the step's own gradient")
+    (size,) = lengths(value)
+    return MixedProduct(value, _status(value, size), 1, "on the graph of the step's own gradient", size=size)
 
 
 def pulled_back(objective: Objective, field: Tensors, bars: Tensors, inputs: Tensors, *, retain: bool) -> Tensors:
@@ -208,8 +224,13 @@ def pulled_back(objective: Objective, field: Tensors, bars: Tensors, inputs: Ten
     return objective.reduce(dense_gradient(found, inputs))
 
 
-def _finite(value: Tensors) -> Status:
-    return Status.NOT_APPLICABLE if is_finite(value) else Status.DIVERGED
+def _status(value: Tensors, size: float) -> Status:
+    return Status.NOT_APPLICABLE if _is_finite(value, size) else Status.DIVERGED
+
+
+def _is_finite(value: Tensors, size: float) -> bool:
+    """Whether no entry is NaN or infinite, from the norm where that tells: finite entries may have an infinite one."""
+    return math.isfinite(size) or is_finite(value)
 
 
 def _require_dependence(objective: Objective, inner: Tensors, outer: Tensors) -> None:
@@ -268,6 +289,12 @@ class IdentityResponse(Response):
 
     def pullback(self, cotangent: Tensors, state: State) -> Pullback:
         """See :meth:`Response.pullback`."""
+        found = self.product(cotangent)
+        info = SolveInfo(found.status, products=found.products, method=self.estimator.name, message=found.message)
+        return Pullback(negative(found.value), info, state)
+
+    def product(self, cotangent: Tensors) -> MixedProduct:
+        """Returns the mixed product with a cotangent."""
         step = self.problem.trajectory[-1] if self.center == "old" else None
         found = mixed_product_at(
             self.problem,
@@ -277,8 +304,7 @@ class IdentityResponse(Response):
             difference=self.difference,
             epsilon=self.epsilon,
         )
-        message = found.message
-        if step is not None:
-            message = "; ".join(part for part in ("at the inner parameters before the last step", message) if part)
-        info = SolveInfo(found.status, products=found.products, method=self.estimator.name, message=message)
-        return Pullback(negative(found.value), info, state)
+        if step is None:
+            return found
+        message = "; ".join(part for part in ("at the inner parameters before the last step", found.message) if part)
+        return replace(found, message=message)

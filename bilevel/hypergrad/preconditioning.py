@@ -76,6 +76,11 @@ class Preconditioned(Iterative):
         """A warm start does, and a preconditioner that serves several calls."""
         return super().needs_state or self.preconditioner_every > 1
 
+    @property
+    def needs_diagonal(self) -> bool:
+        """For ``preconditioner="optimizer"``."""
+        return self.preconditioner == "optimizer"
+
     def factors(self, system: System) -> tuple[Factors | None, State]:
         """Returns the preconditioner for a system, or None without one, and what the state keeps of it.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from bilevel import distributed
 from bilevel.faults import Deadline, Work
@@ -47,6 +48,23 @@ class Policy(Protocol):
 
     def below(self, name: str, info: SolveInfo) -> None:
         """Hears of a solve by which the response of a problem below the present one is differentiated again."""
+
+
+class _Look:
+    """Reads a loss once, at its first call, and raises where it is not finite.
+
+    A device works on what is queued until a number is read: the first product is to be among that.
+    """
+
+    def __init__(self, value: Tensor, name: str) -> None:
+        self._value = value
+        self._name = name
+        self._number: float | None = None
+
+    def __call__(self) -> float:
+        if self._number is None:
+            self._number = require_finite(self._value, self._name)
+        return self._number
 
 
 @dataclass(frozen=True)
@@ -92,14 +110,15 @@ class Differentiator:
             active: The problems that are differentiated through; others are constants.
             others: Further problems with respect to whose parameters to differentiate.
         """
-        blocks = [tuple(name for name in block if name in active) for block in self.dependencies.below(problem.name)]
-        below = [name for block in blocks for name in block]
+        blocks, below = self.dependencies.active_below(problem.name, active)
         taken = self.gradients.take(problem, batches, [problem.name, *below, *others])
         if not below or taken.overflow:
             own = taken.parts[problem.name]
             further = {other: taken.parts[other] for other in others}
             return LossGradient(taken.value, taken.metrics, own, own, further, overflow=taken.overflow)
-        require_finite(taken.value, f"problem {problem.name!r}")
+        look = _Look(taken.value, f"problem {problem.name!r}")
+        if any(self.estimators[name].needs_finite_cotangent for name in below):
+            look()
         cotangents, direct = dict(taken.parts), taken.parts[problem.name]
         solves: dict[str, SolveInfo] = {}
         new_states: dict[str, State] = {}
@@ -113,7 +132,13 @@ class Differentiator:
             given, lower = lowers[name]
 
             def product(estimator: Estimator, state: State | None = None) -> Pullback:
-                return self._product(name, estimator, lower, v, state or {})
+                try:
+                    pulled = self._product(name, estimator, lower, v, state or {})
+                except Exception:
+                    look()  # whatever came of it, a loss that is not finite comes first
+                    raise
+                look()
+                return pulled
 
             pulled = self.policy.take(name, self.estimators[name], product, own_states.get(name))
             if last:
@@ -121,9 +146,7 @@ class Differentiator:
             parts: dict[str, Tensors] = self.gradients.split(pulled.value, given)
             return parts
 
-        solves.update(
-            accumulate([block for block in blocks if block], cotangents, set(taken.reached), pull, self.policy.judge)
-        )
+        solves.update(accumulate(blocks, cotangents, set(taken.reached), pull, self.policy.judge))
         return LossGradient(
             taken.value,
             taken.metrics,
@@ -132,13 +155,22 @@ class Differentiator:
             {other: cotangents[other] for other in others},
             solves,
             new_states,
+            number=look(),
         )
 
     def _product(self, name: str, estimator: Estimator, lower: InnerProblem, v: Tensors, state: State) -> Pullback:
+        lower = self._with_diagonal(name, estimator, lower)
         limited = lower if self.solve_timeout is None else self._limited(name, estimator, lower)
         # backward passes follow the caller's autocast as well
         with self.gradients.activity(Work.RESPONSE, name, estimator.name), full_precision():
             return self.gradients.problems[name].respond(estimator, limited).pullback(v, state)
+
+    def _with_diagonal(self, name: str, estimator: Estimator, lower: InnerProblem) -> InnerProblem:
+        """Returns the problem with the diagonal of its optimiser, where a method needs that: it takes operations."""
+        problem = self.gradients.problems[name]
+        if not estimator.needs_diagonal or problem.optimizer is None:
+            return lower
+        return replace(lower, diagonal=curvature_of(problem.optimizer, problem.parameters))
 
     def _limited(self, name: str, estimator: Estimator, lower: InnerProblem) -> InnerProblem:
         """Returns the problem with all its losses raising once the time for this product is over."""
@@ -201,7 +233,6 @@ class Differentiator:
             outer,
             trajectory,
             samples=[objective([batch], None) for batch in record.samples],
-            diagonal=None if problem.optimizer is None else curvature_of(problem.optimizer, problem.parameters),
             start=self._start(problem, given, record),
         )
 
@@ -258,6 +289,8 @@ class Differentiator:
         else:
             solver = method_again(estimator, self.solver)
             standing = replace(lower, inner=here.values, outer=base)
+            for method in (estimator, solver):  # the first derivative is by the one, further ones by the other
+                standing = self._with_diagonal(name, method, standing)
             respond = SolvedResponse(standing, estimator, solver, lambda info: self.policy.below(name, info))
         return Lower(name, problem.parameters, given, respond, problem.module)
 

@@ -72,6 +72,7 @@ class Gradients:
         self._autocast = autocast
         self._scales = scales or {}
         self.devices = generator_devices(p for problem in problems.values() for p in problem.parameters)
+        self._joined: dict[tuple[str, ...], Tensors] = {}
         self._sizes = {name: len(problem.parameters) for name, problem in problems.items()}
 
     def take(self, problem: Problem, batches: Sequence[Any], names: Sequence[str]) -> Taken:
@@ -79,17 +80,18 @@ class Gradients:
 
         Cost: 1 forward and 1 backward pass a batch.
         """
-        values: list[Tensor] = []
-        metrics: list[Mapping[str, Any]] = []
-        inputs = tuple([p for name in names for p in self.problems[name].parameters])
-        total: Sequence[Tensor | None] = ()
-        for batch in batches:
-            value, more, grads = self._one(problem, batch, inputs)
-            values.append(value)
-            metrics.append(more)
-            pairs = zip(total, grads, strict=True) if total else ()
-            total = [b if a is None else a if b is None else a + b for a, b in pairs] or grads
+        inputs = self._parameters(names)
+        value, more, total = self._one(problem, batches[0], inputs)
         count = len(batches)
+        if count > 1:
+            values, metrics = [value], [more]
+            for batch in batches[1:]:
+                value, more, grads = self._one(problem, batch, inputs)
+                values.append(value)
+                metrics.append(more)
+                pairs = zip(total, grads, strict=True)
+                total = [b if a is None else a if b is None else a + b for a, b in pairs]
+            value, more = torch.stack(values).mean(), mean_metrics(metrics)
         reached = frozenset([name for name, part in self.split(total, names).items() if any(map(_is_there, part))])
         flat = self.reduce(dense_gradient(total, inputs))
         scale = self._scales.get(problem.name)
@@ -98,8 +100,7 @@ class Gradients:
         flat = flat if unscaled is None else unscaled
         if count > 1:
             flat = tuple(part / count for part in flat)
-        value = values[0] if count == 1 else torch.stack(values).mean()
-        return Taken(value, mean_metrics(metrics), self.split(flat, names), reached, overflow)
+        return Taken(value, more, self.split(flat, names), reached, overflow)
 
     def autocasts(self, name: str) -> bool:
         """Whether a problem's training passes run under autocast, the engine's or the user's."""
@@ -115,6 +116,13 @@ class Gradients:
             stop = start + self._sizes[name]
             parts[name], start = flat[start:stop], stop
         return parts
+
+    def _parameters(self, names: Sequence[str]) -> Tensors:
+        """Returns the parameters of problems, which own the same ones always."""
+        key = tuple(names)
+        if key not in self._joined:
+            self._joined[key] = tuple([p for name in key for p in self.problems[name].parameters])
+        return self._joined[key]
 
     def _one(
         self, problem: Problem, batch: Any, inputs: Tensors

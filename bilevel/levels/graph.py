@@ -46,6 +46,9 @@ class Dependencies:
     inner: tuple[str, ...]
     first_derivatives_only: Mapping[str, LossError] = field(default_factory=dict)
     _orders: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _active: dict[tuple[str, frozenset[str]], tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _above: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def responds_to(self, name: str) -> tuple[str, ...]:
@@ -70,6 +73,15 @@ class Dependencies:
             members = [other for other in self.inner if other in self.lower[name]]
             self._orders[name] = _accumulation_order(members, self.responds_to)
         return self._orders[name]
+
+    def active_below(self, name: str, active: frozenset[str]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+        """Returns :meth:`below` without the problems that are not active, and all that are, in the same order."""
+        known = self._active.get((name, active))
+        if known is None:
+            blocks = [tuple(other for other in block if other in active) for block in self.below(name)]
+            known = tuple(filter(None, blocks)), tuple(other for block in blocks for other in block)
+            self._active[name, active] = known
+        return known
 
     def settled_before(self, name: str, among: Collection[str]) -> tuple[str, ...]:
         """Returns the problems below one, of those ``among``, each after those that it responds to."""

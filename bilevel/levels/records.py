@@ -95,6 +95,7 @@ class LossGradient:
         solves: Reports by inner problem.
         states: New estimator states by inner problem.
         overflow: Whether gradients overflowed in float16: nothing but ``value`` and ``metrics`` means anything then.
+        number: The loss as a number, where it was read.
     """
 
     value: Tensor
@@ -105,6 +106,7 @@ class LossGradient:
     solves: Mapping[str, SolveInfo] = field(default_factory=dict)
     states: Mapping[str, State] = field(default_factory=dict)
     overflow: bool = False
+    number: float | None = None
 
     def as_hypergradient(self, names: Sequence[str]) -> Hypergradient:
         """Returns it as users see it, with the names of the problem's parameters."""
@@ -113,6 +115,6 @@ class LossGradient:
             grad=dict(zip(names, self.gradient, strict=True)),
             direct=dict(zip(names, self.direct, strict=True)),
             info=next((info for info in infos if info.status.failed), infos[0]),
-            value=float(self.value),
+            value=float(self.value) if self.number is None else self.number,
             state=dict(self.states),
         )

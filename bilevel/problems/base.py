@@ -243,6 +243,12 @@ class Problem(ABC):
         """Whether :meth:`response_loss` is overridden."""
         return type(self).response_loss is not Problem.response_loss
 
+    @property
+    def updates_plainly(self) -> bool:
+        """Whether an update is that of an optimiser of torch's own, and nothing of the user's is part of it."""
+        plain = self.stepper is not None and self.stepper.plain and not self.projects
+        return plain and type(self).update is Problem.update
+
     def is_active(self, step: int) -> bool:
         """Whether the problem takes part in an outer step, counted from 0."""
         return self.start <= step and (self.stop is None or step < self.stop)
