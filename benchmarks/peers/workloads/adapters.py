@@ -85,7 +85,8 @@ def task(arrays: Arrays, size: str, device: str = "cpu", dtype: str = "float32")
     inner = [tensor(name) for name in ADAPTERS]
     start = [tensor(f"start.{name}") for name in ADAPTERS]
     outer = [tensor(f"m.{key}") for key in LAYERS]
-    return Task(inner, outer, inner_loss, outer_loss, rate=RATE, outer_rate=1e-2, direct=True)
+    extra = {"arrays": arrays}
+    return Task(inner, outer, inner_loss, outer_loss, rate=RATE, outer_rate=1e-2, direct=True, extra=extra)
 
 
 def dora(base: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""Implicit methods by JAXopt's ``custom_root``; a workload's side supplies the losses in jax.
-
-The whole outer step is one compiled function. All data are its arguments: what a compiled function closes over is a
-constant to XLA, which then computes with it at compile time.
-"""
+"""Implicit methods by JAXopt's ``custom_root``; a workload's side supplies the losses in jax."""
 
 from __future__ import annotations
 
@@ -15,56 +11,43 @@ import jax.numpy as jnp
 import numpy as np
 from jaxopt import implicit_diff, linear_solve
 
-from benchmarks.peers.side import Method, NotOffered, Side, Task
+from benchmarks.peers.side import Method, NotOffered, Task
+from benchmarks.peers.sides.jaxopt.compiled import Compiled, moved
 
 Loss = Callable[[Any, Any, Any], Any]
 
 
-class Library(Side):
+class Library(Compiled):
     """``inner_loss(w, lam, data)`` and ``outer_loss(w, lam, data)`` with lists of arrays and a dictionary."""
 
-    note = "the step is one compiled function; compilation is not timed"
-
     def __init__(self, task: Task, method: Method, inner_loss: Loss, outer_loss: Loss, names: Sequence[str]) -> None:
-        self.data = {name: jnp.asarray(task.extra["arrays"][name]) for name in names}
-        self.w = [jnp.asarray(part.numpy()) for part in task.inner]
-        self.lam = [jnp.asarray(part.numpy()) for part in task.outer]
-        solve = linear_solver(method)
         gradient = jax.grad(inner_loss)
 
         def solver(start: Any, lam: Any, data: Any) -> Any:
             w = start
             for _ in range(task.steps):
-                w = [part - task.rate * step for part, step in zip(w, gradient(w, lam, data), strict=True)]
+                w = moved(w, task.rate, gradient(w, lam, data))
             return w
 
-        solution = implicit_diff.custom_root(gradient, solve=solve)(solver)
+        solution = implicit_diff.custom_root(gradient, solve=linear_solver(method))(solver)
 
-        @jax.jit
         def outer_step(w: Any, lam: Any, data: Any) -> Any:
             def objective(lam: Any) -> Any:
                 new = solution(w, lam, data)
                 return outer_loss(new, lam, data), new
 
             found, new = jax.grad(objective, has_aux=True)(lam)
-            return new, [part - task.outer_rate * step for part, step in zip(lam, found, strict=True)], found
+            return new, moved(lam, task.outer_rate, found), found
 
-        self.outer_step = outer_step
-
-    def step(self) -> None:
-        self.w, self.lam, self.found = self.outer_step(self.w, self.lam, self.data)
+        given, kind = task.extra["arrays"], task.inner[0].numpy().dtype
+        floating = {name: np.issubdtype(given[name].dtype, np.floating) for name in names}
+        data = {name: jnp.asarray(given[name], dtype=kind if floating[name] else None) for name in names}
+        super().__init__(outer_step, task.inner, task.outer, data)
 
     def place(self, inner: Sequence[np.ndarray], outer: Sequence[np.ndarray]) -> None:
         self.w = [jnp.asarray(x, dtype=part.dtype) for x, part in zip(inner, self.w, strict=True)]
         self.lam = [jnp.asarray(x, dtype=part.dtype) for x, part in zip(outer, self.lam, strict=True)]
         self.wait()
-
-    def planned_bytes(self) -> int:
-        found = self.outer_step.lower(self.w, self.lam, self.data).compile().memory_analysis()
-        return int(found.temp_size_in_bytes + found.output_size_in_bytes)
-
-    def wait(self) -> None:
-        jax.block_until_ready((self.w, self.lam))
 
 
 def linear_solver(method: Method) -> Callable[..., Any]:
