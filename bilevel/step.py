@@ -169,7 +169,7 @@ class Step:
                 self._responding(),
                 trajectory[-1] if trajectory else None,
                 first=not trajectory and recorded_from == first,
-                last=last,
+                remaining=turns - 1 - turn,
             )
             if not result.overflow:
                 trajectory.append(update)

@@ -23,17 +23,33 @@ State = Mapping[str, Tensors]
 """What an estimator keeps across outer steps: named tuples of tensors, passed in and out, never hidden."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepGraph:
     """An inner step's gradient with the graph that it was made by.
 
     Attributes:
         inner: The leaves at which it was taken: the inner parameters before the step.
         gradient: ``∂f/∂w`` there, not reduced over ranks; zeros without a graph where a parameter does not reach f.
+            Empty where the graph is spent.
+        once: Whether a single derivative is expected, which may free the graph while it is taken. What it frees serves
+            what comes after it; with all graphs held to the end, up to a quarter of the time went into fresh pages.
     """
 
     inner: Tensors
     gradient: Tensors
+    once: bool = False
+
+    @property
+    def spent(self) -> bool:
+        """Whether the graph is gone: the step is to be evaluated again."""
+        return not self.gradient
+
+    def take(self) -> Tensors:
+        """Returns the gradient for a derivative, and lets go of it where that is the only one expected."""
+        gradient = self.gradient
+        if self.once:
+            self.gradient = ()
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -164,6 +180,11 @@ class Estimator(ABC):
     def keeps_graph(self) -> bool:
         """Whether recorded inner updates must be taken with the graphs of their gradients, and keep them."""
         return False
+
+    @property
+    def num_graphs(self) -> int | None:
+        """Of how many of the last recorded updates graphs are kept, where any are; None for all of them."""
+        return None
 
     @property
     def num_samples(self) -> int:

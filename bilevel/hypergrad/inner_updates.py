@@ -89,8 +89,12 @@ class InnerUpdates(Estimator):
         message = f"{len(steps)} of {self.steps} steps: the inner problem made no more" if short else ""
         return Trajectory(steps, problem.inner, message)
 
-    def made(self, problem: InnerProblem, *, keep_graph: bool = False) -> Trajectory:
+    def made(self, problem: InnerProblem, *, graphs: int = 0) -> Trajectory:
         """Makes the steps from the problem's inner parameters and records them.
+
+        Args:
+            problem: The problem.
+            graphs: Of how many of the last steps to keep the graphs.
 
         Raises:
             ConfigError: ``steps`` or ``learning_rate`` is missing.
@@ -102,6 +106,7 @@ class InnerUpdates(Estimator):
         record: list[InnerStep] = []
 
         def take(step: InnerStep) -> Taken:
+            keep_graph = len(record) + graphs >= (self.steps or 0)
             taken = take_step(step, problem.outer, keep_graph=keep_graph, first=not record)
             record.append(replace(step, graph=taken.graph))
             return taken

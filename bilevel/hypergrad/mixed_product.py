@@ -137,7 +137,9 @@ def mixed_product(
         graph: The graph of ``∂f/∂w`` at w, likewise, where it was kept; for ``"exact"``. It is kept further.
     """
     if difference == "exact":
-        return _exact(objective, inner, outer, q) if graph is None else _kept(objective, graph, outer, q)
+        if graph is None or graph.spent:
+            return _exact(objective, inner, outer, q)
+        return _kept(objective, graph, outer, q)
     size, weight = lengths(q, [part.detach() for part in inner])
     if size == 0.0:
         return MixedProduct(zeros_like(outer), size=0.0)

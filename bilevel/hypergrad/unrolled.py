@@ -17,7 +17,7 @@ from bilevel.hypergrad.mixed_product import pulled_back
 from bilevel.hypergrad.unrolled_forward import forward_response
 from bilevel.optim import pulled_linear
 from bilevel.result import SolveInfo, Status
-from bilevel.validation import check_choice
+from bilevel.validation import check_choice, check_integer
 from bilevel.vector import Tensors, add, is_finite, promote, zeros_like
 
 __all__ = ["Unrolled"]
@@ -45,25 +45,29 @@ class Unrolled(InnerUpdates):
         memory: ``"replay"`` keeps the parameters and the optimiser's memory before each step, and evaluates the step
             again on the way back: memory does not depend on the size of activations. ``"graph"`` keeps the graph of
             each step's gradient: nothing is evaluated again. Both give the same numbers. In an engine the graphs are
-            freed with the outer update; ``Engine.hypergradient()`` after it replays.
+            freed on the way back; ``Engine.hypergradient()`` after it replays.
+        graphs: For ``memory="graph"``: of how many of the last steps the graphs are kept (None: of all); steps before
+            those are replayed. Memory is that of so many graphs, beside the parameters of each step.
         mode: ``"reverse"`` or ``"forward"``. Forward mode is for few outer variables (elements, not tensors): its cost
             grows with their number, and as a function it keeps nothing of past steps. The same numbers to rounding.
         optimizer: Who makes the steps, as a function: ``"sgd"``, ``"momentum"``, ``"nesterov"`` (μ = 0.9),
             ``"rmsprop"``, ``"adam"`` or ``"adamw"`` with torch's defaults. An engine's inner problem has its own.
 
     Raises:
-        ConfigError: ``memory="graph"`` with ``mode="forward"``, which keeps no graph; forward mode where outer times
-            inner variables exceed :data:`~bilevel.hypergrad.unrolled_forward.FORWARD_LIMIT`.
+        ConfigError: ``memory="graph"`` with ``mode="forward"``, which keeps no graph; ``graphs`` without
+            ``memory="graph"``; forward mode where outer times inner variables exceed
+            :data:`~bilevel.hypergrad.unrolled_forward.FORWARD_LIMIT`.
 
     Cost, for each step: making it takes 1 forward and 1 backward pass. Beyond that ``"replay"`` takes 1 forward pass, 1
-    backward pass with graph and 1 product; ``"graph"`` 1 product. Forward mode takes, in place of the 2 passes that
-    make the step (in an engine: beyond them), 1 forward pass, 2 backward passes with graph and 1 product for each outer
-    variable; it holds a tangent of parameters and optimiser memory for each outer variable.
+    backward pass with graph and 1 product; ``"graph"`` 1 product, where the graph is kept. Forward mode takes, in place
+    of the 2 passes that make the step (in an engine: beyond them), 1 forward pass, 2 backward passes with graph and 1
+    product for each outer variable; it holds a tangent of parameters and optimiser memory for each outer variable.
     """
 
     steps: int | None = None
     learning_rate: float | None = None
     memory: str = field(default="replay", kw_only=True)
+    graphs: int | None = field(default=None, kw_only=True)
     mode: str = field(default="reverse", kw_only=True)
     optimizer: str = field(default="sgd", kw_only=True)
 
@@ -88,6 +92,10 @@ class Unrolled(InnerUpdates):
         self.check_updates()
         check_choice("Unrolled", "memory", self.memory, ("replay", "graph"))
         check_choice("Unrolled", "mode", self.mode, ("reverse", "forward"))
+        if self.graphs is not None:
+            check_integer("Unrolled", "graphs", self.graphs, minimum=1)
+            if not self.keeps_graph:
+                raise ConfigError("Unrolled.graphs belongs to memory='graph': set that, or leave graphs out")
         if self.keeps_graph and self.mode == "forward":
             raise ConfigError("Unrolled(mode='forward') goes with the steps and keeps no graphs: leave memory out")
 
@@ -96,11 +104,19 @@ class Unrolled(InnerUpdates):
         """See :meth:`Estimator.keeps_graph`."""
         return self.memory == "graph"
 
+    @property
+    def num_graphs(self) -> int | None:
+        """See :meth:`Estimator.num_graphs`."""
+        return self.graphs
+
     def respond(self, problem: InnerProblem) -> Response:
         """See :meth:`Estimator.respond`. Takes the gradient steps, where no trajectory was recorded."""
         if self.mode == "forward":
             return forward_response(self, problem)
-        found = self.recorded(problem) if problem.trajectory else self.made(problem, keep_graph=self.keeps_graph)
+        if problem.trajectory:
+            return _ReverseResponse(problem, self.recorded(problem))
+        kept = (self.graphs or self.steps or 0) if self.keeps_graph else 0
+        found = self.made(problem, graphs=kept)
         return _ReverseResponse(problem, found)
 
 
@@ -143,17 +159,17 @@ def _pull_step(
     With ``(w', m') = U(w, g, m)`` and ``g = ∂f/∂w (w, λ)``: first through U to ``(w̄, ḡ, m̄)``, then through g,
     which adds ``(∂g/∂w)ᵀ ḡ`` to w̄ and gives ``λ̄ = (∂g/∂λ)ᵀ ḡ``.
     """
-    kept, objective = step.graph, step.objective
+    objective, kept = step.objective, None if step.graph is None or step.graph.spent else step.graph
     point = leaves(step.inner) if kept is None else kept.inner
 
     def body(evaluate: Evaluate) -> tuple[Tensors, Tensors, Tensors]:
         if kept is None:
             grads = dense_gradient(gradient(evaluate(), point, objective, create_graph=True), point)
         else:
-            grads = kept.gradient
+            grads = kept.take()
         direct, field, memory = _pull_update(step, grads, inner_bar, memory_bar)
         inputs = (() if oldest else point) + outer
-        pulled = pulled_back(objective, grads, field, inputs, retain=kept is not None)
+        pulled = pulled_back(objective, grads, field, inputs, retain=kept is not None and not kept.once)
         if oldest:
             return (), (), pulled
         inner, more = promote(pulled[: len(point)]), pulled[len(point) :]

@@ -39,7 +39,7 @@ class Recorder:
         earlier: RecordedUpdate | None,
         *,
         first: bool,
-        last: bool,
+        remaining: int,
     ) -> tuple[LossGradient, RecordedUpdate]:
         """Returns the loss and total gradient of an inner problem, and the record of its next update.
 
@@ -52,7 +52,7 @@ class Recorder:
             active: The problems that are differentiated through.
             earlier: The update before, if that was recorded.
             first: Whether this is the first update since the problem above was updated.
-            last: Whether this is the last update before the problem above is updated.
+            remaining: How many updates come after this one, before the problem above is updated.
 
         Cost: that of the gradient.
         """
@@ -65,10 +65,13 @@ class Recorder:
             other: Settled(records[other], tuple(p.detach().clone() for p in parts.problems[other].parameters))
             for other in dependencies.settled_before(problem.name, active)
         }
-        above = dependencies.responds_to(problem.name)
-        if estimator.keeps_graph:
+        above, last = dependencies.responds_to(problem.name), remaining == 0
+        if estimator.keeps_graph and (estimator.num_graphs is None or remaining < estimator.num_graphs):
             outer = tuple(p for name in above for p in parts.problems[name].parameters)
-            value, metrics, grads, graph = take_with_graph(problem, batches, inner, outer, parts.slots, parts.passes)
+            # One problem above: one product. Several, or problems that respond to each other, take more of them.
+            value, metrics, grads, graph = take_with_graph(
+                problem, batches, inner, outer, parts.slots, parts.passes, once=len(above) == 1
+            )
             grads = parts.reduce(grads)
             result = LossGradient(value, metrics, grads, grads)
         else:

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.double_backward import refuse_once_differentiable, second_derivative_errors
+from bilevel.double_backward import (
+    made_since,
+    operations_made,
+    refuse_once_differentiable,
+    second_derivative_errors,
+)
 from bilevel.functional import ParameterSlots, PassCount, dense_gradient, derivatives, independent, leaves
 from bilevel.hypergrad.base import StepGraph
 from bilevel.levels.metrics import mean_metrics
@@ -44,6 +49,8 @@ def take_with_graph(
     outer: Tensors,
     slots: ParameterSlots,
     passes: PassCount,
+    *,
+    once: bool = False,
 ) -> tuple[Tensor, Mapping[str, Any], Tensors, KeptGraph]:
     """Takes an inner problem's training pass at copies of its parameters.
 
@@ -54,6 +61,8 @@ def take_with_graph(
         outer: The parameters of the problems above that reach its loss.
         slots: Where the modules hold parameters.
         passes: Where passes are counted.
+        once: Whether a single derivative of the gradient is expected: it frees the graph, unless parts of that were
+            computed before this pass.
 
     Returns:
         The loss, the metrics, the gradient (detached, not reduced over ranks) and the graph.
@@ -64,6 +73,7 @@ def take_with_graph(
     Cost: 1 forward pass and 1 backward pass with graph.
     """
     name, copies = f"problem {problem.name!r}", leaves(inner)
+    before = operations_made()
     # Backward inside the swap: activation checkpointing evaluates again with what the modules hold at that moment.
     with slots.buffers_apart(), slots.swapped(problem.parameters, copies), torch.enable_grad():
         taken = [problem.evaluate_loss(batch) for batch in batches]
@@ -72,7 +82,7 @@ def take_with_graph(
         passes.forward += len(taken)
         grads: Sequence[Tensor | None] = ()
         if value.requires_grad:
-            refuse_once_differentiable(value, copies, name)
+            once = made_since(refuse_once_differentiable(value, copies, name), before) and once
             with second_derivative_errors(name):
                 grads = derivatives(value, copies, create_graph=True)
             passes.backward += 1
@@ -81,4 +91,4 @@ def take_with_graph(
     gradient = dense_gradient(grads, copies)
     versions = {id(p): p._version for p in outer}
     local = tuple(grad.detach() for grad in gradient)
-    return value.detach(), metrics, local, KeptGraph(StepGraph(copies, gradient), versions)
+    return value.detach(), metrics, local, KeptGraph(StepGraph(copies, gradient, once), versions)

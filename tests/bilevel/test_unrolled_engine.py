@@ -16,7 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from bilevel import Engine, EngineConfig, Estimator, Problem, Unrolled
 from bilevel.errors import BilevelWarning, ConfigError
+from bilevel.functional import FunctionObjective, PassCount, leaves
+from bilevel.hypergrad import StepGraph, unrolled
+from bilevel.hypergrad.mixed_product import mixed_product
 from bilevel.levels.differentiate import Differentiator
+from bilevel.randomness import Replay
 
 QUIET = EngineConfig(progress=False)
 
@@ -134,10 +138,10 @@ def run(engine: Engine, steps: int = 3) -> tuple[list[Tensor], list[tuple[int, i
 KINDS = ["plain", "dropout", "batch norm", "buffer in the graph", "codebook", "checkpoint"]
 
 
-@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize(("steps", "graphs"), [(None, None), (2, None), (None, 1), (3, 2)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_graph_equals_replay_bit_for_bit(kind: str, steps: int | None) -> None:
-    replayed, kept = (make(Unrolled(steps, memory=memory), kind) for memory in ("replay", "graph"))
+def test_graph_equals_replay_bit_for_bit(kind: str, steps: int | None, graphs: int | None) -> None:
+    replayed, kept = make(Unrolled(steps), kind), make(Unrolled(steps, memory="graph", graphs=graphs), kind)
     before = state_of(replayed)[0]
     one, _ = run(replayed)
     other, _ = run(kept)
@@ -206,6 +210,9 @@ def test_equals_central_differences_of_the_whole_step(kind: str) -> None:
         (Unrolled(memory="graph"), (5, 5 + 4)),
         (Unrolled(2), (5 + 2, 5 + 2 * 2)),
         (Unrolled(2, memory="graph"), (5, 5 + 2)),
+        (Unrolled(memory="graph", graphs=1), (5 + 3, 5 + 3 + 4)),
+        (Unrolled(3, memory="graph", graphs=2), (5 + 1, 5 + 1 + 3)),
+        (Unrolled(memory="graph", graphs=9), (5, 5 + 4)),
         (Unrolled(mode="forward"), (5 + 4, 5 + 2 * 4 + 4 * 6)),
     ],
 )
@@ -223,6 +230,143 @@ def test_asking_for_the_hypergradient_after_a_step_replays() -> None:
         assert all(step.graph is None for step in engine._records["classifier"].trajectory)
         found.append(engine.hypergradient().grad["weight"])
     assert torch.equal(*found)
+
+
+class Watched(nn.Module):
+    """Remembers which of its activations are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        self.alive.append(weakref.ref(x))
+        return x.sin()  # keeps x for the backward pass
+
+    @property
+    def count(self) -> int:
+        return sum(reference() is not None for reference in self.alive)
+
+
+def watched(method: Estimator, steps: int) -> tuple[Engine, Watched]:
+    watch = Watched()
+    network = nn.Sequential(nn.Linear(4, 8), watch, nn.Tanh(), nn.Linear(8, 3)).double()
+    weights = Weights(nn.Linear(6, 1, bias=False).double(), optimizer=sgd, data=batches())
+    return Engine([weights, Classifier(network, optimizer=sgd, data=batches(), steps=steps)], QUIET, method), watch
+
+
+@pytest.mark.parametrize("graphs", [None, 3])
+def test_every_graph_is_gone_once_it_was_pulled_through(graphs: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the way back frees is what it works in, so that fewer fresh pages are asked for."""
+    engine, watch = watched(Unrolled(memory="graph", graphs=graphs), 5)
+    before: list[int] = []
+    after: list[int] = []
+    pulled_back = unrolled.pulled_back
+
+    def counted(*arguments: Any, **how: Any) -> Any:
+        before.append(watch.count)
+        found = pulled_back(*arguments, **how)
+        after.append(watch.count)  # the gradient is still held here: it is the product itself that frees
+        return found
+
+    engine.step()
+    watch.alive.clear()
+    monkeypatch.setattr(unrolled, "pulled_back", counted)
+    engine.step()
+    # of the oldest step no cotangent of w is asked for, and what is not passed goes with the gradient
+    assert before == ([5, 4, 3, 2, 1] if graphs is None else [3, 2, 1, 1, 1])
+    assert after[:-1] == ([4, 3, 2, 1] if graphs is None else [2, 1, 0, 0])
+    assert watch.count == 0
+
+
+def test_pulling_back_once_more_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the graphs are spent the steps are evaluated again: 2 passes more each."""
+    pullback = unrolled._ReverseResponse.pullback
+    pairs: list[tuple[Any, Any]] = []
+
+    def twice(self: Any, cotangent: Any, state: Any) -> Any:
+        pairs.append((pullback(self, cotangent, state), pullback(self, cotangent, state)))
+        return pairs[-1][1]
+
+    monkeypatch.setattr(unrolled._ReverseResponse, "pullback", twice)
+    _, passes = run(make(Unrolled(memory="graph"), "dropout"))
+    assert passes == [(5 + 4, 5 + 4 + 2 * 4)] * 3
+    for one, other in pairs:
+        assert one.info == other.info
+        assert all(torch.equal(a, b) for a, b in zip(one.value, other.value, strict=True))
+
+
+def test_a_spent_graph_is_not_taken_by_another_product() -> None:
+    """A fallback is given the record that the method has used."""
+    w, lam, q = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 2.0], [0.5, -1.0], [3.0, 1.0]))
+    inner, outer = leaves((w,)), leaves((lam,))
+    objective = FunctionObjective(lambda w, lam: (w[0] ** 2 * lam[0]).sum(), "f", Replay(["cpu"]), PassCount())
+    expected = mixed_product(objective, inner, outer, (q,), difference="exact").value
+    for graph in (StepGraph(inner, (2 * inner[0] * outer[0],)), StepGraph(inner, (), once=True)):
+        found = mixed_product(objective, inner, outer, (q,), difference="exact", graph=graph)
+        assert ("step's own gradient" in found.message) != graph.spent
+        torch.testing.assert_close(found.value, expected)
+    torch.testing.assert_close(expected, (2 * w * q,))
+
+
+def test_two_problems_above_take_their_products_on_the_same_graphs() -> None:
+    class Scale(Problem):
+        def loss(self, batch: Any) -> Any:
+            return (self.low.module.weight - 1.0).square().sum() + self.module.weight.square().sum()
+
+    class Shift(Problem):
+        def loss(self, batch: Any) -> Any:
+            return (self.low.module.weight + 1.0).square().sum() + self.module.weight.sum()
+
+    class Low(Problem):
+        def loss(self, batch: Any) -> Any:
+            own: Any = self.module.weight
+            return (own * self.scale.module.weight - self.shift.module.weight).square().sum() + own.cos().sum()
+
+    results = []
+    for memory in ("replay", "graph"):
+        torch.manual_seed(0)
+        scale, shift, low = (nn.Linear(2, 2, bias=False).double() for _ in range(3))
+        problems = [Scale(scale, optimizer=sgd), Shift(shift, optimizer=sgd), Low(low, optimizer=sgd, steps=3)]
+        engine = Engine(problems, QUIET, Unrolled(memory=memory))
+        passes = [engine.step().passes for _ in range(2)]
+        # 3 steps and 2 losses; for each of these 3 products, and replay evaluates every step again for each
+        assert passes == [(5, 5 + 6) if memory == "graph" else (5 + 6, 5 + 12)] * 2
+        results.append(state_of(engine))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_a_loss_has_computed_once_for_all_steps_is_not_freed_with_one_of_them() -> None:
+    class Caching(Classifier):
+        kept: tuple[Any, Tensor] | None = None
+
+        def loss(self, batch: Any) -> Any:
+            x, y = batch
+            weight = self.weights.module.weight
+            key = (id(weight), weight._version)
+            if self.kept is None or self.kept[0] != key:
+                self.kept = key, weight.sigmoid().squeeze(0)  # saves its result
+            return (self.kept[1] * F.cross_entropy(self(x), y, reduction="none")).mean()
+
+    class Plain(Caching):
+        def loss(self, batch: Any) -> Any:
+            self.kept = None
+            return super().loss(batch)
+
+    results = []
+    for kind in (Plain, Caching):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        weights = Weights(nn.Linear(6, 1, bias=False).double(), optimizer=sgd, data=batches(3))
+        inner = kind(network, name="classifier", optimizer=sgd, data=batches(), steps=4)
+        engine = Engine([weights, inner], QUIET, Unrolled(memory="graph"))
+        before = state_of(engine)[0]
+        engine.run(3)
+        results.append(state_of(engine))
+        assert not torch.equal(results[-1][0], before)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_a_graph_of_parameters_that_have_changed_since_is_not_used() -> None:
@@ -283,36 +427,14 @@ def test_a_refused_step_leaves_graphs_behind_that_are_not_used() -> None:
 def test_replays_memory_does_not_depend_on_the_size_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations that are alive when the outer loss is evaluated: after the inner steps, before the way back."""
 
-    class Watched(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.alive: list[weakref.ref[Tensor]] = []
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = x * 1.0
-            self.alive.append(weakref.ref(x))
-            return x.sin()  # keeps x for the backward pass
-
     counts, total = {}, Differentiator.total
     for memory, steps in itertools.product(("replay", "graph"), (2, 5)):
-        engine = make(Unrolled(memory=memory), steps=steps)
-        watched = Watched()
-        network = engine.problems["classifier"].module
-        assert isinstance(network, nn.Sequential)
-        network.insert(1, watched)
-        engine = Engine(
-            [
-                Weights(nn.Linear(6, 1, bias=False).double(), optimizer=sgd, data=batches()),
-                Classifier(network, optimizer=sgd, data=batches(), steps=steps),
-            ],
-            QUIET,
-            hypergradient=Unrolled(memory=memory),
-        )
-        watched.alive.clear()
+        engine, watch = watched(Unrolled(memory=memory), steps)
+        watch.alive.clear()
 
-        def counted(self: Any, problem: Any, *rest: Any, watched: Any = watched, key: Any = (memory, steps)) -> Any:
+        def counted(self: Any, problem: Any, *rest: Any, watch: Watched = watch, key: Any = (memory, steps)) -> Any:
             if problem.name == "weights":
-                counts[key] = sum(reference() is not None for reference in watched.alive)
+                counts[key] = watch.count
             return total(self, problem, *rest)
 
         with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""(c) by this library: ``Unrolled(memory="graph")``, or (least memory) ``memory="replay"``, its default."""
+"""(c) by this library: ``Unrolled(memory="graph")``, or (less memory) with the last steps' graphs, or none."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ class Library(EngineSide):
 
 
 def build(tasks: Tasks, method: Method) -> Library:
-    memory = "replay" if method.options["least_memory"] else "graph"
-    side = Library(tasks.case(method), method.options["steps"], Unrolled(memory=memory))
-    side.note = f'memory="{memory}"'
+    if not method.options["least_memory"]:
+        estimator, note = Unrolled(memory="graph"), 'memory="graph"'
+    elif graphs := method.options.get("graphs", 0):
+        estimator, note = Unrolled(memory="graph", graphs=graphs), f'memory="graph", graphs={graphs}'
+    else:
+        estimator, note = Unrolled(), 'memory="replay"'
+    side = Library(tasks.case(method), method.options["steps"], estimator)
+    side.note = note
     return side

@@ -1,4 +1,4 @@
-"""(c) by hand: the chain of all steps' graphs, or (least memory) every step evaluated again on the way back."""
+"""(c) by hand: the chain of all steps' graphs, or (less memory) steps evaluated again on the way back."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from benchmarks.peers.workloads.unrolled import Tasks, Unrolling
 
 
 class Loop(Side):
-    """Per step: 1 forward pass, 1 backward pass with graph, 1 product; evaluated again, 1 more of the first two."""
+    """Per step: 1 forward pass, 1 backward pass with graph, 1 product; evaluated again, 1 more of the first two.
 
-    def __init__(self, problem: Unrolling, steps: int, *, again: bool) -> None:
-        self.problem, self.steps, self.again = problem, steps, again
+    Args:
+        problem: The problem.
+        steps: Inner steps.
+        again: Whether steps are evaluated again.
+        graphs: How many of the last ones are not.
+    """
+
+    def __init__(self, problem: Unrolling, steps: int, *, again: bool, graphs: int = 0) -> None:
+        self.problem, self.steps, self.again, self.graphs = problem, steps, again, graphs
         self.parameters: list[Tensor] = [p.detach().clone() for p in problem.module.parameters()]
         self.decay = problem.decay.clone().requires_grad_()
 
@@ -34,20 +41,22 @@ class Loop(Side):
 
     def evaluated_again(self) -> Tensor:
         rate, kept, w = self.problem.rate, [], self.parameters
-        for _ in range(self.steps):
+        for number in range(self.steps):
             here = [p.requires_grad_() for p in w]
-            kept.append(here)
-            grads = torch.autograd.grad(self.inner_loss(here), here)
-            w = list(torch._foreach_sub([p.detach() for p in here], list(grads), alpha=rate))
+            with_graph = number >= self.steps - self.graphs
+            grads = torch.autograd.grad(self.inner_loss(here), here, create_graph=with_graph)
+            kept.append((here, grads if with_graph else None))
+            w = list(torch._foreach_sub([p.detach() for p in here], [g.detach() for g in grads], alpha=rate))
         self.parameters = w
         last = [p.detach().requires_grad_() for p in w]
         v = torch.autograd.grad(self.problem.outer_loss(self.problem.with_parameters(last)), last)
         found = torch.zeros_like(self.decay)
         while kept:
-            here = kept.pop()
-            grads = torch.autograd.grad(self.inner_loss(here), here, create_graph=True)
+            here, known = kept.pop()
+            grads = known or torch.autograd.grad(self.inner_loss(here), here, create_graph=True)
             inputs = [*here, self.decay] if kept else [self.decay]
             *products, mixed = torch.autograd.grad(grads, inputs, v)
+            del known, grads
             found -= rate * mixed
             v = torch._foreach_sub(v, products, alpha=rate) if kept else v
         return found
@@ -57,4 +66,5 @@ class Loop(Side):
 
 
 def build(tasks: Tasks, method: Method) -> Loop:
-    return Loop(tasks.case(method), method.options["steps"], again=method.options["least_memory"])
+    options = method.options
+    return Loop(tasks.case(method), options["steps"], again=options["least_memory"], graphs=options.get("graphs", 0))
