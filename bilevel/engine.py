@@ -24,7 +24,7 @@ from bilevel.errors import (
 )
 from bilevel.faults import Activity, Work, explained
 from bilevel.feed import Feed
-from bilevel.functional import ParameterSlots, PassCount, buffers_protected
+from bilevel.functional import ParameterSlots, PassCount, buffers_protected, require_finite
 from bilevel.hypergrad import Estimator, Exact, State, as_estimator
 from bilevel.interrupt import Shield, StopSignals
 from bilevel.levels import Dependencies
@@ -262,6 +262,7 @@ class Engine:
             while result.overflow and scale is not None:
                 scale.update(overflow=True)
                 result = take()
+            require_finite(result.value, f"problem {name!r}", result.number)
         if scale is not None and kept is not None:
             scale.load_state_dict(kept)
         self.passes.forward, self.passes.backward = passes.forward, passes.backward

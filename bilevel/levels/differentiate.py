@@ -51,20 +51,23 @@ class Policy(Protocol):
 
 
 class _Look:
-    """Reads a loss once, at its first call, and raises where it is not finite.
+    """Reads a loss when it is first called, and raises where that is not finite.
 
-    A device works on what is queued until a number is read: the first product is to be among that.
+    A device that works on what is queued stands still after every number that is read of it. So a loss is read with
+    the update, but where a product has failed, which a loss that is not finite explains.
+
+    Attributes:
+        number: The loss, once it was read.
     """
 
     def __init__(self, value: Tensor, name: str) -> None:
         self._value = value
         self._name = name
-        self._number: float | None = None
+        self.number: float | None = None
 
-    def __call__(self) -> float:
-        if self._number is None:
-            self._number = require_finite(self._value, self._name)
-        return self._number
+    def __call__(self) -> None:
+        if self.number is None:
+            self.number = require_finite(self._value, self._name)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,9 @@ class Differentiator:
             states: Estimator states, by problem and problem below it.
             active: The problems that are differentiated through; others are constants.
             others: Further problems with respect to whose parameters to differentiate.
+
+        Raises:
+            NonFiniteError: The loss was looked at, and is not finite. It is not always.
         """
         blocks, below = self.dependencies.active_below(problem.name, active)
         taken = self.gradients.take(problem, batches, [problem.name, *below, *others])
@@ -117,7 +123,7 @@ class Differentiator:
             further = {other: taken.parts[other] for other in others}
             return LossGradient(taken.value, taken.metrics, own, own, further, overflow=taken.overflow)
         look = _Look(taken.value, f"problem {problem.name!r}")
-        if any(self.estimators[name].needs_finite_cotangent for name in below):
+        if any(self.estimators[name].needs_finite_cotangent for name in below) or len(blocks) < len(below):
             look()
         cotangents, direct = dict(taken.parts), taken.parts[problem.name]
         solves: dict[str, SolveInfo] = {}
@@ -137,7 +143,8 @@ class Differentiator:
                 except Exception:
                     look()  # whatever came of it, a loss that is not finite comes first
                     raise
-                look()
+                if pulled.info.status.failed:
+                    look()
                 return pulled
 
             pulled = self.policy.take(name, self.estimators[name], product, own_states.get(name))
@@ -155,7 +162,7 @@ class Differentiator:
             {other: cotangents[other] for other in others},
             solves,
             new_states,
-            number=look(),
+            number=look.number,
         )
 
     def _product(self, name: str, estimator: Estimator, lower: InnerProblem, v: Tensors, state: State) -> Pullback:
