@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -90,6 +90,8 @@ class Adamax(Rule):
 
 class NAdam(_Moments):
     """Adam with Nesterov's momentum: ``μ_t = β₁ (1 − 0.96^(t ψ) / 2)`` for the first moment's coefficients."""
+
+    shared: ClassVar[bool] = False
 
     def __init__(self, group: Mapping[str, Any], state: Mapping[str, Any], made: int) -> None:
         super().__init__(group, state, made)

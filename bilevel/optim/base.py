@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ Update = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 
 
 class Rule(ABC):
-    """One parameter's next update, with the hyper-parameters of its group at this moment.
+    """The next update of a parameter, with the hyper-parameters of its group at this moment.
 
     Args:
         group: The parameter's group of the optimiser, or the optimiser's defaults.
@@ -28,6 +28,8 @@ class Rule(ABC):
 
     slots: tuple[str, ...] = ()
     """Names of the state tensors that make up the memory."""
+    shared: ClassVar[bool] = True
+    """Whether parameters of one group with equally many updates have the same rule: it reads no more of the state."""
 
     def __init__(self, group: Mapping[str, Any], state: Mapping[str, Any], made: int) -> None:
         self.learning_rate = float(group["lr"])
@@ -60,14 +62,14 @@ class Rule(ABC):
                 grad = grad.add(param, alpha=self.weight_decay)
         return self.update(param, grad, memory)
 
-    def pull(self, param: Tensor, memory: Tensors) -> tuple[Tensor, Tensor, Tensors] | None:
-        """Returns the cotangents of parameter, gradient and memory before the update, from those of what it returned.
+    def pull(self, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors] | None:
+        """Returns the cotangents of parameters, gradients and memory before the update, from those of what it returned.
 
         None where they depend on more than the hyper-parameters: the update is not linear, and is differentiated.
 
         Args:
-            param: The cotangent of the new parameter.
-            memory: Those of the new memory.
+            params: The cotangents of several new parameters.
+            memory: Those of their new memory, parameter by parameter.
         """
         return None
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel.optim.base import Rule
-from bilevel.vector import Tensors
+from bilevel.vector import Tensors, add, axpy, negative, scale, zeros_like
 
 __all__ = ["SGD"]
 
@@ -24,18 +23,17 @@ class SGD(Rule):
         self.nesterov = bool(group["nesterov"])
         self.slots = ("momentum_buffer",) if self.momentum else ()
 
-    def pull(self, param: Tensor, memory: Tensors) -> tuple[Tensor, Tensor, Tensors]:
+    def pull(self, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         """See :meth:`Rule.pull`: the update is linear."""
-        grad, before = -self.learning_rate * param, memory
+        grads, before = scale(-self.learning_rate, params), memory
         if self.momentum:
-            direction, (buffer,) = grad, memory
-            buffer = buffer.add(direction, alpha=self.momentum if self.nesterov else 1.0)
-            through = buffer * (1 - self.dampening) if self.made else buffer
-            grad = direction + through if self.nesterov else through
-            before = (buffer * self.momentum if self.made else torch.zeros_like(buffer),)
+            buffers = axpy(self.momentum if self.nesterov else 1.0, grads, memory)
+            through = scale(1 - self.dampening, buffers) if self.made and self.dampening else buffers
+            grads = add(grads, through) if self.nesterov else through
+            before = scale(self.momentum, buffers) if self.made else zeros_like(buffers)
         if self.weight_decay != 0.0:
-            param = param.add(grad, alpha=self.weight_decay)
-        return param, -grad if self.maximize else grad, before
+            params = axpy(self.weight_decay, grads, params)
+        return params, negative(grads) if self.maximize else grads, before
 
     def update(self, param: Tensor, grad: Tensor, memory: Tensors) -> tuple[Tensor, Tensors]:
         """See :meth:`Rule.update`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,14 +48,21 @@ class _PerParameter:
     rules: tuple[Rule, ...]
 
     def pull(self, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors] | None:
-        rest, found = iter(memory), []
-        for rule, param in zip(self.rules, params, strict=True):
-            pulled = rule.pull(param, tuple([next(rest) for _ in rule.slots]))
+        start = place = 0
+        found = []
+        for _, alike in itertools.groupby(self.rules, key=id):
+            rule, *others = alike
+            stop = start + 1 + len(others)
+            end = place + (stop - start) * len(rule.slots)
+            pulled = rule.pull(params[start:stop], memory[place:end])
             if pulled is None:
                 return None
             found.append(pulled)
-        before, grads, slots = zip(*found, strict=True)
-        return before, grads, tuple([slot for several in slots for slot in several])
+            start, place = stop, end
+        if len(found) == 1:
+            return found[0]
+        before, grads, slots = (tuple(itertools.chain(*parts)) for parts in zip(*found, strict=True))
+        return before, grads, slots
 
     def __call__(self, params: Tensors, grads: Tensors, memory: Tensors) -> tuple[Tensors, Tensors]:
         new_params: list[Tensor] = []
@@ -115,11 +123,18 @@ def update_of(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[Update, T
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rules: list[Rule] = []
     memory: list[Tensor] = []
+    shared: dict[tuple[int, int], Rule] = {}
     for p in params:
-        state = optimizer.state.get(p, {})
-        rule = _RULES[kind](groups[id(p)], state, _updates_made(state))
+        state, group = optimizer.state.get(p, {}), groups[id(p)]
+        made = _updates_made(state) if state else 0
+        rule = shared.get((id(group), made))
+        if rule is None:
+            rule = _RULES[kind](group, state, made)
+            if rule.shared:
+                shared[id(group), made] = rule
         rules.append(rule)
-        memory += rule.memory_of(p, state)
+        if rule.slots:
+            memory += rule.memory_of(p, state)
     return _PerParameter(tuple(rules)), tuple(memory)
 
 
@@ -161,7 +176,7 @@ def default_update(name: str, learning_rate: float, made: int, params: Tensors) 
     """
     kind, settings = OPTIMIZERS[name]
     group = {**kind([torch.zeros(1)], lr=learning_rate, **settings).defaults}  # type: ignore[call-arg]
-    rules = tuple(_RULES[kind](group, {}, made) for _ in params)
+    rules = (_RULES[kind](group, {}, made),) * len(params)
     memory = tuple(slot for rule, p in zip(rules, params, strict=True) for slot in rule.memory_of(p, {}))
     return _PerParameter(rules), memory
 

@@ -286,3 +286,43 @@ def test_linear_updates_are_pulled_back_as_autograd_does(
         expected = torch.autograd.grad((*new_params, *new_memory), inputs, bars, allow_unused=True)
         for ours, theirs in zip((*found[0], *found[1], *found[2]), expected, strict=True):
             torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
+
+
+def test_parameters_share_a_rule_where_group_and_count_are_the_same() -> None:
+    """And are pulled back each by its own, in whichever order they come."""
+    (first, second, third), generator = parameters(1)
+    other = torch.randn(2, generator=generator, dtype=DOUBLE).requires_grad_()
+    plain = {"params": [second], "lr": 0.3, "maximize": True, "weight_decay": 0.2}
+    optimizer = torch.optim.SGD([{"params": [first, third, other], "momentum": 0.9, "dampening": 0.1}, plain], lr=0.1)
+    first.grad, other.grad = torch.ones_like(first), torch.ones_like(other)
+    optimizer.step()
+    params = [first, second, other, third]
+    update, memory = update_of(optimizer, params)
+    rules = update.rules  # type: ignore[attr-defined]
+    assert rules[0] is rules[2]
+    assert len(set(map(id, rules))) == 3  # the third has made no update
+    inputs = [part.detach().requires_grad_() for part in (*params, *gradients(params, generator), *memory)]
+    results = update(tuple(inputs[:4]), tuple(inputs[4:8]), tuple(inputs[8:]))
+    bars = [torch.randn(part.shape, generator=generator, dtype=DOUBLE) for part in (*results[0], *results[1])]
+    found = pulled_linear(update, tuple(bars[:4]), tuple(bars[4:]))
+    assert found is not None
+    expected = torch.autograd.grad((*results[0], *results[1]), inputs, bars, allow_unused=True)
+    for ours, theirs in zip((*found[0], *found[1], *found[2]), expected, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
+
+
+def test_a_rule_that_reads_the_state_is_not_shared() -> None:
+    (first, second, _), generator = parameters(2)
+    optimizer = torch.optim.NAdam([first, second], lr=0.1)
+    for p in (first, second):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[second]["mu_product"].mul_(0.5)  # as a loaded state may have it
+    grads = gradients([first, second], generator)
+    update, memory = update_of(optimizer, [first, second])
+    found, _ = update((first.detach().clone(), second.detach().clone()), grads, memory)
+    for p, grad in zip((first, second), grads, strict=True):
+        p.grad = grad
+    optimizer.step()
+    for ours, theirs in zip(found, (first, second), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-8)
