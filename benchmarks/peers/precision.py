@@ -5,9 +5,9 @@
 A run of 50 outer steps is made once, in float64: λ by Adam with exact hypergradients, w by the workload's inner steps.
 All libraries then start each of these steps from the same w and λ, and every hypergradient is compared with the exact
 one in float64 at the new w. A peer has a fixed number of terms (and a step size): the smallest with which all 50 are
-within the limit, searched over the whole run, first in float64, then in the library itself. This library's solves stop
-by their residual; the largest tolerance of a grid with which all 50 are within the limit is taken. What is timed is the
-whole outer step.
+within the limit, searched first in float64, then in the library itself: at a few steps, to which the worst of the run
+is added until the number that they need is enough for all. This library's solves stop by their residual; the largest
+tolerance of a grid with which all 50 are within the limit is taken. What is timed is the whole outer step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.protocol import Remote, WorkerError
-from benchmarks.peers.reference import IndefiniteError, Point, new_inner, solved, unflat
+from benchmarks.peers.reference import IndefiniteError, Point, conjugate_gradient, new_inner, unflat
 from benchmarks.peers.report import about, as_told, complain, lines_of, scientific
 from benchmarks.peers.run import Settings, has_side
 from benchmarks.peers.side import Arrays, Method, NotOffered, Task
@@ -43,22 +43,21 @@ __all__ = ["Path50", "main", "path"]
 LIMIT, STEPS = 1e-3, 50
 # Of Adam; 0.01 where nothing is said. (a): 0.1 ends at a lower outer loss, with decays so small that solves in float32
 # need some 490 products. (b): at 0.02 the inner Hessian becomes indefinite within the run.
-OUTER_RATES = {"regularisation": 0.05, "reweighting": 0.01}
+OUTER_RATES = {"regularisation": 0.05, "reweighting": 0.01, "adapters": 0.001}
 PEERS = ("hand", "betty", "torchopt", "boat", "jaxopt")
-LOOK = (0, 25, 49)  # the steps at which the search in float64 looks
-CG_CAP, SERIES_CAP = 400, 600
-SOLVED = 1e-8  # residual of the exact solves of a run
+LOOK = (0, 25, 49)  # the steps at which a search looks first
+CG_CAP, SERIES_CAP, SOLVE_CAP = 400, 600, 20_000
+SOLVED = 1e-7  # residual of the exact solves of a run
 HOPELESS = 0.1  # a method that is right is far nearer with twice of what suffices in float64
 FRACTIONS = (1.9, 1.5, 1.0)  # of 1/λmax, for α
 TOLERANCES = tuple(10 ** (-0.25 * k) for k in range(2, 21))
-NYSTROM = {"preconditioner": "nystrom", "preconditioner_rank": 30, "preconditioner_every": STEPS}
 OURS: dict[str, dict[str, Any]] = {
     "stopped by the residual": {},
     "warm start": {"warm_start": True},
     "linear warm start": {"warm_start": "linear"},
-    "linear warm start, Nyström kept": {"warm_start": "linear", **NYSTROM},
+    "quadratic warm start": {"warm_start": "quadratic"},
 }
-COMPILED = ("linear warm start, Nyström kept",)
+COMPILED = ("linear warm start", "quadratic warm start")
 
 
 @dataclass
@@ -104,7 +103,7 @@ class Contender:
         products: A step's backward passes, without those of inner step, outer gradient and graph.
         failed: Why there is nothing.
         lacks: Whether that is because the library does not offer the method.
-        part: Whether only the steps :data:`LOOK` are taken, and the seconds are scaled to all.
+        part: The steps that are taken, where these are not all; the seconds are scaled to all.
     """
 
     library: str
@@ -115,7 +114,7 @@ class Contender:
     products: float = math.nan
     failed: str = ""
     lacks: bool = False
-    part: bool = False
+    part: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -128,12 +127,14 @@ def path(task: Task, rate: float, steps: int = STEPS) -> Path50:
     outer = [part.detach().clone().requires_grad_() for part in task.outer]
     adam = torch.optim.Adam(outer, lr=rate)
     inners, outers, exact = [], [], []
+    solutions: list[Tensor] = []
     for _ in range(steps):
         here = [part.detach().float().double() for part in outer]
         new = new_inner(replace(task, inner=inner, outer=here))
         point = Point(task, new, here)
         try:
-            total = point.total(solved(point, SOLVED))
+            solutions = [_solve(point, solutions), *solutions[:2]]
+            total = point.total(solutions[0])
         except IndefiniteError:
             if not exact:
                 raise
@@ -147,6 +148,21 @@ def path(task: Task, rate: float, steps: int = STEPS) -> Path50:
         inner = [part.float().double() for part in new]
     stack = [[np.stack(parts) for parts in zip(*rows, strict=True)] for rows in (inners, outers)]
     return Path50(stack[0], stack[1], np.stack(exact))
+
+
+def _solve(point: Point, before: Sequence[Tensor]) -> Tensor:
+    """Returns ``H⁻¹ v`` to a residual of :data:`SOLVED`, from where the last solutions lead."""
+    coefficients: Mapping[int, tuple[float, ...]] = {0: (), 1: (1.0,), 2: (2.0, -1.0), 3: (3.0, -3.0, 1.0)}
+    start = torch.zeros_like(point.v)
+    for factor, q in zip(coefficients[len(before)], before, strict=True):
+        start = start + factor * q
+    residual = point.v - point.hessian(start)
+    rtol = SOLVED * float(point.v.norm() / residual.norm())
+    q = start + conjugate_gradient(point.hessian, residual, SOLVE_CAP, rtol)
+    left = float((point.hessian(q) - point.v).norm() / point.v.norm())
+    if left > 10 * SOLVED:
+        raise ValueError(f"the exact solve of a step ended at a residual of {left:.1e}")
+    return q
 
 
 def smallest(task: Task, run: Path50) -> tuple[int, tuple[int, float]]:
@@ -219,9 +235,8 @@ class Field:
     ) -> None:
         self.name, self.run, self.settings, self.folder = name, run, settings, folder
         np.savez(folder / "data.npz", **arrays)
-        self.look = [step for step in LOOK if step < len(run.exact)]
+        self.look = tuple(step for step in LOOK if step < len(run.exact))
         run.write(folder / "path.npz")
-        run.at(self.look).write(folder / "part.npz")
         self.remotes: dict[str, Remote] = {}
         for library, python in pythons.items():
             remote = Remote(library, python, threads=settings.threads, environment={"MPLBACKEND": "Agg"})
@@ -235,7 +250,12 @@ class Field:
     def take(self, contender: Contender) -> None:
         """Makes the side anew and goes through the run once; sets errors, products, and adds the seconds."""
         remote = self.remotes[contender.library]
-        found = self.folder / "found.npz"
+        file, found = self.folder / "path.npz", self.folder / "found.npz"
+        exact = self.run.exact
+        if contender.part:
+            part, file = self.run.at(contender.part), self.folder / "part.npz"
+            part.write(file)
+            exact = part.exact
         fields = {"size": self.settings.size, "device": self.settings.device}
         method = {**asdict(contender.method)}
         if not contender.seconds:
@@ -254,13 +274,12 @@ class Field:
         told = remote.ask(
             "timed_path",
             key=f"{contender.library} {contender.label}",
-            file=str(self.folder / ("part.npz" if contender.part else "path.npz")),
+            file=str(file),
             found=str(found),
             cpu_time=self.settings.cpu_time,
         )
         with np.load(found) as arrays:
             gradients = arrays["gradients"]
-        exact = self.run.exact[list(self.look)] if contender.part else self.run.exact
         contender.errors = [error(a, b) for a, b in zip(gradients, exact, strict=True)]
         # Inner step, outer gradient and the gradient with its graph are no products.
         contender.products = told["backward"] / len(gradients) - 3 if told["backward"] else math.nan
@@ -278,45 +297,72 @@ class Field:
         return max(contender.errors) <= LIMIT  # a NaN is not
 
     def peer(self, library: str, kind: str, products: int, alpha: float) -> Contender | None:
-        """Returns a peer with the smallest fixed number that holds; None where it does not offer the method."""
+        """Returns a peer with the smallest fixed number that holds; None where it does not offer the method.
+
+        The number is the smallest for some steps, with which it also holds for all: where it does not, the worst step
+        is added to them.
+        """
+        failed = products - 1
+        while True:
+            contender, failed = self._smallest(library, kind, failed, alpha)
+            if contender is None or contender.failed or max(contender.errors) > LIMIT or kind == "neumann":
+                return contender
+            whole = replace(contender, part=(), errors=[], seconds=[])
+            if self.holds(whole) or whole.failed:
+                return whole
+            self.look = tuple(sorted({*self.look, int(np.argmax(whole.errors))}))
+            failed = whole.method.products
+
+    def _smallest(self, library: str, kind: str, failed: int, alpha: float) -> tuple[Contender | None, int]:
+        """Returns the same for the steps looked at, above a number that is known (or thought) not to hold."""
         tried: dict[int, Contender] = {}
 
         def holds(count: int) -> bool:
             label = f"conjugate gradients, {count} products"
             if kind == "neumann":
                 label = f"Neumann, {count} products, α = {alpha:.3g}"
-            tried[count] = Contender(library, label, Method(kind, count, alpha), part=kind == "neumann")
+            tried[count] = Contender(library, label, Method(kind, count, alpha), part=self.look)
             return self.holds(tried[count])
 
-        low, high, cap = products - 1, products, 4 * products
+        low, high, cap = failed, failed + 1, 4 * (failed + 1)
         while not holds(high):
             last = tried[high]
             if last.lacks:
-                return None
-            hopeless = high >= 2 * products and not max(last.errors) <= HOPELESS
-            if last.failed or hopeless or high >= cap:
-                return last
-            low, high = high, min(cap, high + max(1, 3 * high // 10))  # rounding delays conjugate gradients
+                return None, high
+            far = not max(last.errors, default=math.nan) <= HOPELESS
+            if last.failed or (far and high >= 2 * failed) or high >= cap:
+                return last, high
+            more = 2 * failed if far else high + 2 * (high - failed)  # rounding delays conjugate gradients
+            low, high = high, min(cap, more)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if holds(middle) else (middle, high)
-        return tried[high]
+        for one in tried.values():
+            if one is not tried[high]:
+                self.remotes[library].ask("drop", key=one.key)
+        return tried[high], low
 
-    def ours(self, label: str, fields: dict[str, Any]) -> Contender | None:
-        """Returns this library with the largest tolerance that holds, by bisection over the grid."""
-        low, high, best = 0, len(TOLERANCES) - 1, None
-        while low <= high:
-            middle = (low + high) // 2
-            options = {"max_iterations": CG_CAP, "rtol": TOLERANCES[middle], **fields}
+    def ours(self, label: str, fields: dict[str, Any], place: int) -> tuple[Contender | None, int]:
+        """Returns this library with the largest tolerance that holds, and that tolerance's place in the grid.
+
+        Args:
+            label: What the table says of the method.
+            fields: Of the method.
+            place: Where the search begins.
+        """
+        best: Contender | None = None
+        known: dict[int, bool] = {}
+        while place not in known and 0 <= place < len(TOLERANCES):
+            options = {"max_iterations": CG_CAP, "rtol": TOLERANCES[place], **fields}
             method = Method("conjugate_gradient", options=options)
-            contender = Contender("bilevel", f"{label}, rtol = {TOLERANCES[middle]:.2g}", method)
-            if self.holds(contender):
-                best, high = contender, middle - 1
-            elif contender.failed:
-                return contender
-            else:
-                low = middle + 1
-        return best
+            contender = Contender("bilevel", f"{label}, rtol = {TOLERANCES[place]:.2g}", method)
+            known[place] = self.holds(contender)
+            if contender.failed:
+                return contender, place
+            if known[place]:
+                best = contender
+            place += -1 if known[place] else 1
+        return best, min(max(place, 0), len(TOLERANCES) - 1)
 
     def compiled(self, one: Contender) -> Contender | None:
         """Returns the same with compiled iterations, where it is one of :data:`COMPILED` and holds."""
@@ -349,7 +395,10 @@ def measure(name: str, pythons: Mapping[str, Path], settings: Settings, steps: i
         try:
             for library in list(everybody.remotes):
                 if library == "bilevel":
-                    found = [everybody.ours(label, fields) for label, fields in OURS.items()]
+                    found, place = [], len(TOLERANCES) // 2
+                    for label, fields in OURS.items():
+                        one, place = everybody.ours(label, fields, place)
+                        found.append(one)
                     found += [everybody.compiled(one) for one in found if one is not None]
                 else:
                     found = [everybody.peer(library, "conjugate_gradient", conjugate, 1.0)]

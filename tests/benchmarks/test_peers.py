@@ -293,6 +293,56 @@ def test_a_run_of_exact_steps_and_what_suffices_there() -> None:
         assert errors[count] <= precision.LIMIT < errors[count - 1]
 
 
+class Pretended(precision.Field):
+    """Libraries whose errors are known: a peer's by its number of products, this library's by its tolerance."""
+
+    def __init__(self, folder: Path, needs: np.ndarray) -> None:
+        run_ = precision.Path50([np.zeros((50, 1))], [np.zeros((50, 1))], np.ones((50, 1)))
+        super().__init__("a workload", {}, run_, {}, run.Settings("small", 1), folder)
+        self.needs, self.whole = needs, 0
+        self.remotes = {"torchopt": self, "betty": self}  # type: ignore[dict-item]
+
+    def ask(self, command: str, key: str) -> None:
+        assert command == "drop"
+        assert key
+
+    def take(self, contender: precision.Contender) -> None:
+        method = contender.method
+        steps = list(contender.part or range(50))
+        self.whole += not contender.part
+        if contender.library == "betty":
+            contender.errors = [40.0 for _ in steps]
+        elif contender.library == "bilevel":
+            contender.errors = [float(method.options["rtol"] * 5) for _ in steps]
+        else:
+            contender.errors = [precision.LIMIT * (needed / method.products) ** 3 for needed in self.needs[steps]]
+
+
+def test_searches_end_at_the_smallest_number_and_at_the_largest_tolerance(tmp_path: Path) -> None:
+    needs = np.full(50, 20)
+    needs[[0, 7, 31]] = 30, 36, 41  # the search begins at steps 0, 25 and 49
+    field = Pretended(tmp_path, needs)
+    found = field.peer("torchopt", "conjugate_gradient", 18, 1.0)
+    assert found is not None
+    assert not found.part
+    assert len(found.errors) == 50
+    assert found.method.products == 41
+    assert (field.look, field.whole) == ((0, 25, 31, 49), 2)
+    assert field.peer("torchopt", "conjugate_gradient", 18, 1.0).method.products == 41  # type: ignore[union-attr]
+    assert field.whole == 3  # the next library's numbers are looked for where the last one's were decided
+
+    wrong = field.peer("betty", "conjugate_gradient", 18, 1.0)
+    assert wrong is not None
+    assert max(wrong.errors) == 40.0
+    assert field.whole == 3
+    limit = max(place for place in precision.TOLERANCES if place * 5 <= precision.LIMIT)
+    for place in (0, 7, len(precision.TOLERANCES) - 1):
+        ours, end = field.ours("warm start", {}, place)
+        assert ours is not None
+        assert ours.method.options["rtol"] == limit
+        assert abs(precision.TOLERANCES.index(limit) - end) <= 1
+
+
 def test_unknown_workloads_are_refused_with_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"regularisation", "reweighting"} <= set(workloads())
     for arguments, exists in (
