@@ -454,7 +454,8 @@ def lines_of(document: Mapping[str, Any]) -> list[str]:
             lines.append("| " + " | ".join(cells + [""] * memory) + " |")
         if result["out_of_memory"]:
             lines += ["", f"Out of memory: {'; '.join(result['out_of_memory'])}."]
-    return lines
+    told = (f"torch {document['torch']}", f"{document['rounds']} rounds", document.get("clock"), document.get("date"))
+    return [*lines, "", ", ".join(filter(None, told)) + "."]
 
 
 def main() -> None:
@@ -486,7 +487,14 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     name = named("bidora_step", arguments.device)
-    document: dict[str, Any] = {"device": device, "torch": torch.__version__, "rounds": arguments.rounds, "results": []}
+    document: dict[str, Any] = {
+        "device": device,
+        "torch": torch.__version__,
+        "rounds": arguments.rounds,
+        "clock": "processor time" if arguments.cpu_time else "wall clock",
+        "date": time.strftime("%Y-%m-%d"),
+        "results": [],
+    }
     if arguments.append and (RESULTS / f"{name}.json").exists():
         document["results"] = load(name)["results"]
     for shape in arguments.shape:
