@@ -47,6 +47,8 @@ from bilevel.step import NonFiniteStepError, Report, Step
 
 __all__ = ["Engine"]
 
+_AS_IT_IS = nullcontext()
+
 
 class Engine:
     """Runs nested problems.
@@ -173,10 +175,12 @@ class Engine:
             overflows=report.overflows,
             skipped=skipped,
         )
+        hooked = [problem for problem in self.problems.values() if type(problem).on_step_end is not Problem.on_step_end]
+        if not hooked and not self.callbacks and not self._evaluation_is_due():
+            return result
         with Notices(f"after step {self.step_count}, which is complete") as notices:
-            for name, problem in self.problems.items():
-                if type(problem).on_step_end is not Problem.on_step_end:
-                    notices.problem(name, "on_step_end", partial(problem.on_step_end, result))
+            for problem in hooked:
+                notices.problem(problem.name, "on_step_end", partial(problem.on_step_end, result))
             self._tell(notices, "on_step_end", result)
             if self._evaluation_is_due():
                 self._evaluate_in_step(notices)
@@ -433,7 +437,7 @@ class Engine:
     def _autocast(self, name: str) -> AbstractContextManager[Any]:
         precision = self._precision(name)
         if precision == "float32":
-            return nullcontext()
+            return _AS_IT_IS
         device = self.problems[name].parameters[0].device.type
         return torch.autocast(device, dtype=getattr(torch, precision))
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import torch
 
@@ -242,7 +243,7 @@ class ModesKept:
         LossError: On leaving, where gradients, autocast, the default dtype or the parameters are not as they were.
     """
 
-    __slots__ = ("_before", "_devices", "_name", "_nesting", "_parameters", "_versions")
+    __slots__ = ("_before", "_devices", "_name", "_parameters", "_versions")
 
     def __init__(self, name: str, devices: tuple[str, ...] = ("cpu",), parameters: Tensors = ()) -> None:
         self._name = name
@@ -251,19 +252,20 @@ class ModesKept:
 
     def __enter__(self) -> None:
         self._before = self._modes()
-        self._nesting = _autocast_nesting()
         self._versions = [parameter._version for parameter in self._parameters]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         after = self._modes()
-        changed = [] if after == self._before and _autocast_nesting() == self._nesting else self._put_back(after)
-        if error is None and changed:
+        changed = [] if after == self._before else self._put_back(after)
+        if error is not None:
+            return
+        if changed:
             raise LossError(
                 f"the loss of {self._name} returned with another mode than it was called in: {', '.join(changed)}. "
                 "Use torch.no_grad(), torch.autocast(…) and the like as `with` blocks."
             )
         versions = [parameter._version for parameter in self._parameters]
-        if error is None and versions != self._versions:
+        if versions != self._versions:
             moved = sum(new != old for new, old in zip(versions, self._versions, strict=True))
             raise LossError(
                 f"the loss of {self._name} changed {moved} of its {len(self._parameters)} parameters in place, as its "
@@ -271,27 +273,23 @@ class ModesKept:
                 "back (torch.nn.utils.parametrize does so), or change parameters in on_step_start."
             )
 
-    def _modes(self) -> tuple[bool | torch.dtype, ...]:
-        casts = [torch.is_autocast_enabled(device) for device in self._devices]
-        return (torch.is_grad_enabled(), torch.get_default_dtype(), *casts)
+    def _modes(self) -> tuple[Any, ...]:
+        casts = map(torch.is_autocast_enabled, self._devices)
+        deeper = torch.autocast_increment_nesting()  # which returns what it has become
+        torch.autocast_decrement_nesting()
+        return (deeper, torch.is_grad_enabled(), torch.get_default_dtype(), *casts)
 
-    def _put_back(self, after: tuple[bool | torch.dtype, ...]) -> list[str]:
+    def _put_back(self, after: tuple[Any, ...]) -> list[str]:
         """Restores the modes and returns which had changed."""
-        grad, dtype, *casts = self._before
-        torch.set_grad_enabled(bool(grad))
-        torch.set_default_dtype(dtype)  # type: ignore[arg-type]
+        deep, grad, dtype, *casts = self._before
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
         for device, cast in zip(self._devices, casts, strict=True):
-            torch.set_autocast_enabled(device, bool(cast))
+            torch.set_autocast_enabled(device, cast)
         # In a context that is never left, torch would keep cast weights for ever, through all their updates.
-        for _ in range(_autocast_nesting() - self._nesting):
+        for _ in range(after[0] - deep):
             torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
         names = ("gradients", "the default dtype", *(f"autocast on {device}" for device in self._devices))
-        pairs = zip(names, self._before, after, strict=True)
+        pairs = zip(names, self._before[1:], after[1:], strict=True)
         return [name for name, old, new in pairs if old != new] or ["an autocast context that was not left"]
-
-
-def _autocast_nesting() -> int:
-    deeper: int = torch.autocast_increment_nesting()
-    torch.autocast_decrement_nesting()
-    return deeper - 1

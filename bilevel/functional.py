@@ -44,6 +44,9 @@ __all__ = [
     "transform_errors",
 ]
 
+_AUTOCASTS = ("cpu", "cuda", "xpu", "mps")
+_NOTHING = nullcontext()
+
 T = TypeVar("T")
 Reduce = Callable[[Tensors], Tensors]
 
@@ -124,8 +127,8 @@ class Objective(ABC):
 
     def _evaluate(self, loss: Callable[[], object]) -> tuple[Tensor, Tensors]:
         # Products and solves stay in full precision, whatever autocast does elsewhere.
-        casts = [device for device in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(device)]
-        with _no_autocast(casts) if casts else nullcontext(), self.replay(), torch.enable_grad():
+        casts = list(filter(torch.is_autocast_enabled, _AUTOCASTS))
+        with _no_autocast(casts) if casts else _NOTHING, self.replay(), torch.enable_grad():
             value, outputs = loss_and_outputs(loss(), self.name)
         self.passes.forward += 1
         return value, outputs
@@ -381,7 +384,7 @@ class ModuleObjective(Objective):
         """See :meth:`Objective.within`. Only tensors that differ from the live parameters are swapped."""
         slots = self._slots
         with (
-            slots.buffers_protected(self._buffers) if slots.has_buffers else nullcontext(),
+            slots.buffers_protected(self._buffers) if slots.has_buffers else _NOTHING,
             slots.swapped(self._live_inner + self._live_outer, inner + outer),
         ):
             return body(Evaluate(lambda: self._evaluate(self._loss)))

@@ -65,9 +65,11 @@ class Copies:
         """Makes them."""
         devices = {tensor.device for tensor in self._into}
         with torch.no_grad():
+            if len(devices) == 1:
+                torch._foreach_copy_(self._into, self._values)
+                return
             for device in devices:
-                pairs = zip(self._into, self._values, strict=True)
-                here = pairs if len(devices) == 1 else [(a, b) for a, b in pairs if a.device == device]
+                here = [pair for pair in zip(self._into, self._values, strict=True) if pair[0].device == device]
                 into, values = zip(*here, strict=True)
                 torch._foreach_copy_(into, values)
 
@@ -100,20 +102,18 @@ class Kept:
         self._copies = Copies() if copies is None else copies
         if not self._again(self._optimizer.state):
             self._state = self._copied(dict(self._optimizer.state), self._state)
-        self._groups = [
-            (
-                group,
-                {
-                    key: value if type(value) in _CONSTANTS else self._copied(value)
-                    for key, value in group.items()
-                    if key != "params"
-                },
-            )
-            for group in self._optimizer.param_groups
-        ]
+        self._groups = [(group, self._settings(group)) for group in self._optimizer.param_groups]
         self._schedule = None if self._scheduler is None else self._copied(self._scheduler.state_dict())
         if copies is None:
             self._copies.make()
+
+    def _settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        settings = dict(group)
+        del settings["params"]
+        for key, value in settings.items():
+            if type(value) not in _CONSTANTS:
+                settings[key] = self._copied(value)
+        return settings
 
     def _again(self, state: Mapping[Any, Any]) -> bool:
         """Adds the copies where the state is one of tensors as when it was last kept: what most steps find."""

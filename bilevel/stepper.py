@@ -165,17 +165,14 @@ class Stepper:
         """
         if changed or self._max_grad_norm is not None or self._changes_gradients():
             return [_copied(grad, p) for p, grad in zip(self._parameters, gradients, strict=True)]
-        return [
-            grad.detach() if _fits(grad, p) else _copied(grad, p)
-            for p, grad in zip(self._parameters, gradients, strict=True)
-        ]
+        pairs = zip(self._parameters, gradients, strict=True)
+        return [_without_graph(grad) if _fits(grad, p) else _copied(grad, p) for p, grad in pairs]
 
     @property
     def plain(self) -> bool:
         """Whether an update is that of an optimiser of torch's own, without hooks."""
-        return self._of_torch and not any(
-            getattr(self.optimizer, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        )
+        made: Any = self.optimizer
+        return self._of_torch and not (made._optimizer_step_pre_hooks or made._optimizer_step_post_hooks)
 
     def _changes_gradients(self) -> bool:
         """Whether the optimiser may change gradients in place.
@@ -303,6 +300,10 @@ def _fits(grad: Tensor, parameter: Tensor) -> bool:
         and grad.dtype is parameter.dtype
         and grad.stride() == parameter.stride()
     )
+
+
+def _without_graph(grad: Tensor) -> Tensor:
+    return grad.detach() if grad.requires_grad else grad
 
 
 def _copied(grad: Tensor, parameter: Tensor) -> Tensor:

@@ -168,10 +168,12 @@ def zeros_like(vector: Sequence[Tensor]) -> Tensors:
 def promote(vector: Sequence[Tensor]) -> Tensors:
     """Returns the vector in float32 or better: half-precision parts are upcast, others are passed through."""
     return tuple(
-        part
-        if part.dtype in (torch.float32, torch.float64)
-        else part.to(torch.promote_types(part.dtype, torch.float32))
-        for part in vector
+        [
+            part
+            if part.dtype in (torch.float32, torch.float64)
+            else part.to(torch.promote_types(part.dtype, torch.float32))
+            for part in vector
+        ]
     )
 
 

@@ -44,11 +44,14 @@ class Cursor:
         if self._iterator is None and not self._open(self.position):
             self._abandon()
             raise DataError(f"data of problem {self._name!r} has fewer batches than when they were first drawn")
-        self.take_anchor(wanted=False)
+        anchored = self._source.keeps_state
+        if anchored:
+            self.take_anchor(wanted=False)
         batch = self._advance(self.position)
         if batch is _END and self.position.taken:
             self.position = self._begin_next(self.position)
-            self.take_anchor(wanted=False)
+            if anchored:
+                self.take_anchor(wanted=False)
             batch = self._advance(self.position)
         if batch is _END:
             raise self._no_batch()
@@ -134,10 +137,14 @@ class Cursor:
 
     def _advance(self, at: Position) -> Any:
         assert self._iterator is not None
-        with self._faults(
-            lambda: f"batch number {at.drawn + 1} (number {at.taken + 1} of epoch {at.epoch + 1}) failed"
-        ):
+        try:
             return self._source.advance(self._iterator, self._generators, _END)
+        except BaseException as error:
+            what = f"batch number {at.drawn + 1} (number {at.taken + 1} of epoch {at.epoch + 1}) failed"
+            shown = self.failed(what, error)
+            if shown is None:
+                raise
+            raise shown from error
 
     def _faults(self, what: Callable[[], str]) -> AbstractContextManager[None]:
         """Whatever is raised leaves no iterator in an unknown state."""

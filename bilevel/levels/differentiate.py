@@ -210,8 +210,10 @@ class Differentiator:
         """
         problem = self.gradients.problems[name]
         outer = self._parameters(given)
-        here = {other: each.parameters for other, each in self.gradients.problems.items()} | dict(values or {})
-        taking_part = self.dependencies.settled_before(name, active & set(records))
+        here = {other: each.parameters for other, each in self.gradients.problems.items()}
+        if values:
+            here.update(values)
+        taking_part = self.dependencies.settled_before(name, active & records.keys())
         below = {other: Settled(records[other], here[other]) for other in taking_part}
 
         def objective(
@@ -257,9 +259,11 @@ class Differentiator:
         """Returns a problem's total loss as a function of its own parameters and of those in ``given``."""
         label = f"problem {problem.name!r}"
 
-        def loss() -> Mapping[str, Any]:
+        def loss() -> object:
+            if len(batches) == 1:
+                return batch_loss(batches[0])
             pairs = [loss_and_outputs(batch_loss(batch), label) for batch in batches]
-            value = pairs[0][0] if len(pairs) == 1 else torch.stack([value for value, _ in pairs]).mean()
+            value = torch.stack([value for value, _ in pairs]).mean()
             return {"loss": value, "outputs": [part for _, outputs in pairs for part in outputs]}
 
         parts = self.gradients
@@ -314,4 +318,4 @@ class Differentiator:
         return None
 
     def _parameters(self, names: Sequence[str]) -> Tensors:
-        return tuple(p for name in names for p in self.gradients.problems[name].parameters)
+        return self.gradients.parameters(names)

@@ -80,7 +80,7 @@ class Gradients:
 
         Cost: 1 forward and 1 backward pass a batch.
         """
-        inputs = self._parameters(names)
+        inputs = self.parameters(names)
         value, more, total = self._one(problem, batches[0], inputs)
         count = len(batches)
         if count > 1:
@@ -117,7 +117,7 @@ class Gradients:
             parts[name], start = flat[start:stop], stop
         return parts
 
-    def _parameters(self, names: Sequence[str]) -> Tensors:
+    def parameters(self, names: Sequence[str]) -> Tensors:
         """Returns the parameters of problems, which own the same ones always."""
         key = tuple(names)
         if key not in self._joined:

@@ -291,9 +291,10 @@ class Problem(ABC):
 
     def evaluate_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Returns the checked scalar loss and the other metrics."""
-        with ModesKept(f"problem {self.name!r}", self._devices, self.parameters):
+        label = f"problem {self.name!r}"
+        with ModesKept(label, self._devices, self.parameters):
             result = self.loss(batch)
-        value, _ = loss_and_outputs(result, f"problem {self.name!r}")
+        value, _ = loss_and_outputs(result, label)
         if not isinstance(result, Mapping):
             return value, {}
         return value, {str(key): part for key, part in result.items() if key not in ("loss", "outputs")}
