@@ -420,8 +420,8 @@ def gradient(
     objective.passes.backward += 1
     if create_graph:
         return grads
-    present = iter(objective.reduce(tuple(grad for grad in grads if grad is not None)))
-    return tuple(None if grad is None else next(present) for grad in grads)
+    present = iter(objective.reduce(tuple([grad for grad in grads if grad is not None])))
+    return tuple([None if grad is None else next(present) for grad in grads])
 
 
 def derivatives(value: Tensor, inputs: Tensors, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:

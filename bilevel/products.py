@@ -26,7 +26,7 @@ from bilevel.functional import (
     leaves,
     require_finite,
 )
-from bilevel.vector import Tensors, axpy, norm, promote, zeros_like
+from bilevel.vector import Tensors, axpy, length, norm, promote, zeros_like
 
 __all__ = [
     "TOLERATED_ROUNDING",
@@ -236,7 +236,7 @@ class DifferenceProducts(Products):
         self._objective = objective
         self._inner = tuple(part.detach() for part in inner)
         self._outer = outer
-        self._size = float(norm(self._inner))
+        self._size = length(self._inner)
         self.length = difference_length(step, inner, self._size)
         point = leaves(inner)
 
@@ -268,7 +268,7 @@ class DifferenceProducts(Products):
         return float(super().roundoff() ** (2 / 3))
 
     def _difference(self, q: Tensors, *, inner: bool, outer: bool) -> tuple[Tensors, Tensors]:
-        size = float(norm(q))
+        size = length(q)
         if size == 0.0:
             return zeros_like(promote(q)), zeros_like(promote(self._outer))
         direction, factor = self._spread(promote(q)), self.length / size
@@ -375,15 +375,17 @@ def difference_length(step: float | str, inner: Tensors, size: float | None = No
     """
     if not isinstance(step, str):
         return step
-    roundoff = max(torch.finfo(part.dtype).eps for part in inner)
-    size = float(norm([part.detach() for part in inner])) if size is None else size
+    roundoff = max(torch.finfo(dtype).eps for dtype in {part.dtype for part in inner})
+    size = length(inner) if size is None else size
     return float(roundoff ** (1 / 3) * math.sqrt(1 + size))
 
 
 def displaced(inner: Tensors, direction: Tensors, factor: float) -> Tensors:
     """Returns ``w + factor · direction`` in the parameters' dtypes."""
-    moved = axpy(factor, [move.detach() for move in direction], [part.detach() for part in inner])
-    return tuple([there.to(part.dtype) for there, part in zip(moved, inner, strict=True)])
+    with torch.no_grad():
+        moved = axpy(factor, direction, inner)
+    pairs = zip(moved, inner, strict=True)
+    return tuple([there if there.dtype is part.dtype else there.to(part.dtype) for there, part in pairs])
 
 
 def displacement_error(
@@ -403,8 +405,8 @@ def displacement_error(
         size: ``‖w‖``.
         central: Whether w is displaced to both sides.
     """
-    numbers = [torch.finfo(part.dtype) for part in inner]
-    entries = sum(part.numel() for part in inner)
+    numbers = [torch.finfo(dtype) for dtype in {part.dtype for part in inner}]
+    entries = sum([part.numel() for part in inner])
     relative, absolute = max(n.eps for n in numbers), max(n.tiny for n in numbers) * math.sqrt(entries)
     bound = relative * (1 + size / length) + absolute / length
     if bound <= TOLERATED_ROUNDING:

@@ -250,7 +250,7 @@ def _require_dependence(objective: Objective, inner: Tensors, outer: Tensors) ->
 
 def _outer_gradient(objective: Objective, inner: Tensors, outer: Tensors) -> Tensors:
     # Parameters, as the loss knows them: it may ask for requires_grad, or differentiate by them itself.
-    point = tuple(part.requires_grad_() for part in inner)
+    point = tuple([part.requires_grad_() for part in inner])
     grads = objective.within(point, outer, lambda evaluate: gradient(evaluate(), outer, objective))
     return dense_gradient(grads, outer)
 
