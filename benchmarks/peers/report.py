@@ -69,13 +69,13 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for key, label in result["methods"].items():
         rows = [row for row in result["rows"] if row["method"] == key]
-        best = min((row["seconds"] for row in rows if ranked(row) and row["library"] != "hand"), default=None)
+        theirs = [row for row in rows if ranked(row) and row["library"] not in ("hand", "jaxopt")]
+        best = min((row["seconds"] for row in theirs), default=None)
         for row in sorted(rows, key=lambda row: (not ranked(row), row["library"] != "hand", _order(row["seconds"]))):
             lines.append("| " + " | ".join(cells(row, label, best)) + " |")
             label = ""
     notes = [f"{LIBRARIES[name].name}: {why}." for name, why in result["absent"].items()]
-    remarks = [f"{LIBRARIES[row['library']].name}: {row['note'].rstrip('.')}." for row in result["rows"] if row["note"]]
-    notes += dict.fromkeys(remarks)
+    notes += remarks(result)
     told = result["about"]
     versions = ", ".join(
         f"{name} {version}"
@@ -86,6 +86,20 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
     run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
     lines += ["", f"{result['source']}. {run}; torch {told['torch']}{versions and f', {versions}'}."]
     return lines + ([""] + [f"- {note}" for note in notes] if notes else [])
+
+
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """Returns what is to be known of rows; where a library has several notes, with the methods that each is about."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        if row["note"]:
+            found.setdefault((row["library"], row["note"].rstrip(".")), []).append(result["methods"][row["method"]])
+    lines = []
+    for (library, note), labels in found.items():
+        several = sum(other == library for other, _ in found) > 1
+        where = f" ({'; '.join(labels)})" if several else ""
+        lines.append(f"{LIBRARIES[library].name}{where}: {note}.")
+    return lines
 
 
 def ranked(row: Mapping[str, Any]) -> bool:

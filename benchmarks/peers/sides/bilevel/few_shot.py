@@ -45,5 +45,7 @@ def build(tasks: Tasks, method: Method) -> Library:
     with torch.no_grad():
         for p, start in zip(side.network.parameters(), problem.network.parameters(), strict=True):
             p.copy_(start)
-    side.note = f"{side.inner.chunking.size} tasks at a time, as measured" if side.inner.chunking else ""
+    if side.inner.chunking:
+        size = side.inner.chunking.size
+        side.note = f"{size} task{'' if size == 1 else 's'} at a time, as measured"
     return side

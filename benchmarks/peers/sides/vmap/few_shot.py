@@ -25,7 +25,7 @@ class Chunks(Side):
         self.names = [name for name, _ in problem.network.named_parameters()]
         self.start = [p.detach().clone().requires_grad_() for p in problem.network.parameters()]
         self.chunks = list(zip(*(part.split(chunk) for part in problem.batch), strict=True))
-        self.note = f"{chunk} tasks at a time"
+        self.note = f"{chunk} task{'' if chunk == 1 else 's'} at a time"
 
     def step(self) -> None:
         total = [torch.zeros_like(p) for p in self.start]
