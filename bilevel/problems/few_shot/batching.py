@@ -187,7 +187,7 @@ def _conv2d(
     dilation: _Pair = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    if isinstance(padding, str) or input.dim() != 4 or input.shape[1] != groups * weight.shape[1]:
+    if isinstance(padding, str) or input.dim() != 4:
         return None
     geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
     if _channels_last(input, weight, bias):
@@ -268,9 +268,9 @@ def _max_pool2d(
     padding: _Pair = 0,
     dilation: _Pair = 1,
     ceil_mode: bool = False,
-    return_indices: bool = False,
+    return_indices: bool = False,  # never True: that is another function
 ) -> Tensor | None:
-    if return_indices or not _channels_last(input):
+    if not _channels_last(input):
         return None
     size, steps = _pair(kernel_size), _pair(stride or kernel_size)
     return _applied(_Pooled, input, Window(size, steps, _pair(padding), _pair(dilation), ceil_mode))
