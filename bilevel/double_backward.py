@@ -152,7 +152,7 @@ def refuse_obstacles(value: Tensor, inputs: Tensors, name: str) -> None:
         raise
 
 
-def refuse_once_differentiable(value: Tensor, inputs: Tensors, name: str) -> set[Node]:
+def refuse_once_differentiable(value: Tensor, inputs: Tensors, name: str) -> list[Node]:
     """Raises for a custom function marked ``once_differentiable`` on the way to an input.
 
     Asked for particular inputs, autograd finds no path through what such a function returns and leaves its part of the
@@ -176,7 +176,7 @@ def operations_made() -> int:
     return _get_sequence_nr()
 
 
-def made_since(nodes: set[Node], number: int) -> bool:
+def made_since(nodes: Sequence[Node], number: int) -> bool:
     """Whether all operations of a graph were made since :func:`operations_made` returned ``number``.
 
     Others belong to somebody else too: a loss that reads what was computed once for several steps. What frees this
@@ -201,16 +201,17 @@ def _is_once_differentiable(node: Node) -> bool:
     return hasattr(backward, "__wrapped__") and module == once_differentiable.__module__
 
 
-def _reachable(root: Node | None) -> set[Node]:
+def _reachable(root: Node | None) -> list[Node]:
+    """Returns a node and all that come before it, each once."""
     if root is None:
-        return set()
-    seen, stack = {root}, [root]
-    while stack:
-        for child, _ in stack.pop().next_functions:
+        return []
+    found, seen = [root], {root}
+    for node in found:  # which grows meanwhile
+        for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
-                stack.append(child)
-    return seen
+                found.append(child)
+    return found
 
 
 _REENTRANT = (

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from bilevel.hypergrad import State
 from bilevel.levels.differentiate import Differentiator
 from bilevel.levels.records import InnerRecord, LossGradient, RecordedUpdate, Settled
@@ -59,7 +61,8 @@ class Recorder:
         assert problem.optimizer is not None
         parts, dependencies = self.differentiator.gradients, self.differentiator.dependencies
         estimator = self.differentiator.estimators[problem.name]
-        inner = tuple(p.detach().clone() for p in problem.parameters)
+        with torch.no_grad():
+            inner = tuple([p.clone() for p in problem.parameters])
         buffers = parts.slots.buffer_values(None if earlier is None else earlier.buffers)
         below = {
             other: Settled(records[other], tuple(p.detach().clone() for p in parts.problems[other].parameters))

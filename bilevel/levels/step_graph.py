@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,8 @@ def take_with_graph(
     name, copies = f"problem {problem.name!r}", leaves(inner)
     before = operations_made()
     # Backward inside the swap: activation checkpointing evaluates again with what the modules hold at that moment.
-    with slots.buffers_apart(), slots.swapped(problem.parameters, copies), torch.enable_grad():
+    apart = slots.buffers_apart() if slots.has_buffers else nullcontext()
+    with apart, slots.swapped(problem.parameters, copies), torch.enable_grad():
         taken = [problem.evaluate_loss(batch) for batch in batches]
         value = taken[0][0] if len(taken) == 1 else torch.stack([loss for loss, _ in taken]).mean()
         metrics = mean_metrics([more for _, more in taken])

@@ -98,13 +98,13 @@ def test_a_callback_that_keeps_things_is_seen(leak):
 
 
 class Hoarding(Unrolled):
-    """Unrolling that holds on to the updates, with their graphs, that it was handed."""
+    """Unrolling that holds on to the updates that it was handed, and to the gradients with their graphs."""
 
     name = "hoarding"
     kept: list[object] = []  # noqa: RUF012 (a leak, on purpose)
 
     def respond(self, problem):
-        self.kept.append(problem.trajectory)
+        self.kept += [(step, step.graph.gradient) for step in problem.trajectory]
         return super().respond(problem)
 
 
