@@ -44,6 +44,7 @@ from bilevel import (
 )
 
 INNER_RATE, OUTER_RATE = 0.05, 0.01
+EPOCH = 50  # batches: to begin an epoch takes more than to draw a batch
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ def adam(params: Any) -> torch.optim.Optimizer:
 def engine_step(task: Task, case: Case, restore: bool, outer: Outer = adam) -> Callable[[], tuple[int, int]]:
     sgd = lambda params: torch.optim.SGD(params, lr=INNER_RATE)  # noqa: E731
     problems = [
-        Cleaner(task.logits, optimizer=outer, data=[task.valid]),
-        Classifier(task.model, optimizer=sgd, data=[task.train], steps=case.steps),
+        Cleaner(task.logits, optimizer=outer, data=[task.valid] * EPOCH),
+        Classifier(task.model, optimizer=sgd, data=[task.train] * EPOCH, steps=case.steps),
     ]
     engine = Engine(problems, EngineConfig(progress=False, restore_on_error=restore), case.method)
     return lambda: engine.step().passes
