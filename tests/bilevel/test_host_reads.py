@@ -276,3 +276,15 @@ def test_the_optimiser_s_diagonal_is_taken_only_where_it_is_read(
     for other in (method, "identity"):
         engine_of(other, OPTIMIZERS[1]).step()
     assert len(taken) == calls
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hypergradient_of_a_loss_that_is_not_finite_is_refused(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An infinite constant leaves every derivative finite.
+    engine = engine_of(method)
+    engine.step()
+    monkeypatch.setattr(Weights, "spoil", staticmethod(lambda loss, network: loss + math.inf))
+    with pytest.raises(NonFiniteError, match="the loss of problem 'weights' is inf"):
+        engine.hypergradient()
+    with pytest.raises(NonFiniteError, match="step 2: the loss of problem 'weights' is inf"):
+        engine.step()
