@@ -330,6 +330,7 @@ def test_the_fastest_size_within_the_budget_is_chosen() -> None:
     falling = {size: 1 / size for size in seconds}
     assert chosen(1000, falling).size == 12
     assert chosen(110, falling).size == 8
+    assert chosen(1000, {**falling, 4: 0.09, 8: 0.085, 12: 0.083}).size == 4  # about as fast, in less memory
     rising = {1: 0.5, 2: 0.7, 4: 0.8, 8: 0.1, 12: 0.1}
     assert [trial.size for trial in chosen(1000, rising).trials] == [1, 2, 4]
     assert chosen(1000, {**rising, 4: 0.6}).size == 8

@@ -25,6 +25,9 @@ REPEATS, LEAST_SECONDS = 3, 0.05
 """A time is measured so often at least, and until this much has been spent on it."""
 SLOWER = 1.3
 """Larger chunks are not tried once two sizes in turn took this many times the best's time for a task."""
+EQUAL = 1.1
+"""Of sizes that take up to this many times the best's time the smallest is taken: it takes least memory, and times
+differ by as much from one measurement to the next."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def choose(
     given: bool,
     name: str,
 ) -> Chunking:
-    """Returns the chunk size of the least time a task among those that stay in the budget.
+    """Returns the chunk size of about the least time a task among those that stay in the budget, the smallest of such.
 
     Sizes 1, 2, 4, … and M are tried, from below, while a chunk's memory, as far as it follows from those before, is in
     the budget; and are taken where all of their own is.
@@ -133,7 +136,8 @@ def choose(
         limit = SLOWER * min(trial.seconds for trial in trials)
         if len(trials) > 1 and all(trial.seconds > limit for trial in trials[-2:]):
             break
-    best = min(trials, key=lambda trial: trial.seconds)
+    limit = EQUAL * min(trial.seconds for trial in trials)
+    best = next(trial for trial in trials if trial.seconds <= limit)
     return Chunking(best.size, budget, tuple(trials))
 
 

@@ -221,10 +221,11 @@ class Adaptation(Problem):
         proximal: β, which makes the solution unique where it is above the loss's negative curvature. Implicit methods
             then take ``(I + H/β)⁻¹ v`` for ``v = ∂F/∂w``; with a damping δ, ``(I + H/(β + δ))⁻¹ v``.
         chunk_size: How many tasks to evaluate together; None for all. Passes, products and solves go chunk by chunk,
-            each of which has its graph freed before the next one is evaluated. ``"auto"``: the size that takes
-            least time among those that stay in the memory budget, see :attr:`chunking`. It is measured before the first
-            update, kept from then on and saved with the engine's state. A state loads whatever the size was when it was
-            saved: a number or None given here stays, and ``"auto"`` takes the size that was chosen, or chooses.
+            each of which has its graph freed before the next one is evaluated. ``"auto"``: the smallest size that takes
+            about the least time among those that stay in the memory budget, see :attr:`chunking`. It is measured before
+            the first update, kept from then on and saved with the engine's state. A state loads whatever the size was
+            when it was saved: a number or None given here stays, and ``"auto"`` takes the size that was chosen, or
+            chooses.
         memory_budget: What a chunk may take beside parameters and displacements, in bytes, where the size is chosen;
             half of the memory that is free by default.
         vectorized: Whether to evaluate tasks together, by ``torch.func.vmap``. False is for networks that cannot be:
