@@ -47,6 +47,7 @@ OUTER_RATES = {"regularisation": 0.05, "reweighting": 0.01, "adapters": 0.001}
 PEERS = ("hand", "betty", "torchopt", "boat", "jaxopt")
 LOOK = (0, 25, 49)  # the steps at which a search looks first
 CG_CAP, SERIES_CAP, SOLVE_CAP = 400, 600, 20_000
+PERIOD = 50  # products over which a series' rate is taken
 SOLVED = 1e-7  # residual of the exact solves of a run
 HOPELESS = 1.0  # a method that is right is nearer with twice of what suffices in float64, however rounding delays it
 FRACTIONS = (1.9, 1.5, 1.0)  # of 1/λmax, for α
@@ -178,7 +179,7 @@ def smallest(task: Task, run: Path50) -> tuple[int, tuple[int, float]]:
     for fraction in FRACTIONS:
         alpha, need = fraction / largest, 0
         for point, exact in points:
-            need = max(need, first_within(series(point, alpha), point, exact, best[0]))
+            need = max(need, first_within(series(point, alpha), point, exact, best[0], slowing=True))
             if need >= best[0]:
                 break
         if need < best[0]:
@@ -208,13 +209,30 @@ def series(point: Point, alpha: float) -> Iterator[Tensor]:
         yield total
 
 
-def first_within(solutions: Iterator[Tensor], point: Point, exact: np.ndarray, cap: int) -> int:
-    """Returns after how many products the hypergradient is, and stays for two more, within the limit."""
-    inside = 0
+def first_within(
+    solutions: Iterator[Tensor], point: Point, exact: np.ndarray, cap: int, *, slowing: bool = False
+) -> int:
+    """Returns after how many products the hypergradient is, and stays for two more, within the limit; at most the cap.
+
+    Args:
+        solutions: One a product.
+        point: Where.
+        exact: The hypergradient there.
+        cap: Of products.
+        slowing: Whether the error falls ever more slowly, as that of a series does: the cap is then returned as soon as
+            the rate of the last products is too low for it.
+    """
+    inside, before = 0, math.inf
     for number, q in zip(range(1, cap + 1), solutions, strict=False):
-        inside = inside + 1 if error(point.total(q).numpy(), exact) <= LIMIT else 0
+        now = error(point.total(q).numpy(), exact)
+        inside = inside + 1 if now <= LIMIT else 0
         if inside == 3:
             return number - 2
+        if slowing and number % PERIOD == 0:
+            fall = now / before if before < math.inf else 0.0
+            if not now * fall ** ((cap - number) / PERIOD) <= LIMIT:
+                return cap
+            before = now
     return cap
 
 

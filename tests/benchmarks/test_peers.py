@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import types
@@ -291,6 +292,27 @@ def test_a_run_of_exact_steps_and_what_suffices_there() -> None:
             for number in (count - 1, count)
         }
         assert errors[count] <= precision.LIMIT < errors[count - 1]
+
+
+@pytest.mark.parametrize("rate", [0.93, 0.985, 0.995])
+def test_a_series_that_is_too_slow_is_left_early_and_no_other(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    # Two modes, of which the slower one decides in the end: the error falls ever more slowly.
+    monkeypatch.setattr(precision, "error", lambda number, exact: 0.9 * 0.8**number + 0.1 * rate**number)
+
+    class Counting:
+        def total(self, number: Tensor) -> Tensor:
+            taken.append(int(number))
+            return number
+
+    numbers = (torch.tensor(float(number)) for number in range(1, 1000))
+    found = precision.first_within(numbers, Counting(), np.zeros(1), 600, slowing=True)  # type: ignore[arg-type]
+    need = math.ceil(math.log(1e-2) / math.log(rate))
+    if need < 600:
+        assert found == need
+    else:
+        assert found == 600
+        assert len(taken) <= 150
 
 
 class Pretended(precision.Field):
