@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-__all__ = ["peak_bytes", "peak_resident"]
+__all__ = ["keep_memory", "peak_bytes", "peak_resident"]
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def keep_memory() -> None:
+    """Lets glibc keep freed memory.
+
+    Whether it gives a tensor of some megabytes back to the kernel, and takes it again at the next step, depends on how
+    the heap happens to lie: whole processes are a fifth faster or slower for it, whatever the library.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 1 << 30)
+        library.mallopt(trim_threshold, 1 << 30)
 
 
 def peak_bytes(step: Callable[[], object]) -> int:

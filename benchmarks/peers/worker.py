@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peers.memory import peak_bytes, peak_resident
+from benchmarks.peers.memory import keep_memory, peak_bytes, peak_resident
 from benchmarks.peers.side import Method, NotOffered, Passes, Side, Task
 from benchmarks.peers.timing import timed
 
@@ -43,7 +43,8 @@ class Worker:
         self.tasks: dict[str, Any] = {}
 
     def hello(self, distributions: Sequence[str] = (), threads: int = 1, tf32: bool = False) -> dict[str, Any]:
-        """Sets the number of threads; returns versions."""
+        """Sets the number of threads, keeps freed memory; returns versions."""
+        keep_memory()
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         versions = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
