@@ -23,7 +23,7 @@ from tests.bilevel.test_engine import METHODS, Classifier, Decay, adam, data, ma
 # a small network is not convex
 pytestmark = pytest.mark.filterwarnings("ignore:hypergradient:bilevel.errors.BilevelWarning")
 
-WARM = {"method": "conjugate_gradient", "warm_start": True}
+WARM = {"method": "conjugate_gradient", "warm_start": "quadratic"}
 
 
 def network(hidden: int = 6) -> nn.Module:
