@@ -82,7 +82,9 @@ class Unrolled(InnerUpdates):
         "double backward; a torch inner optimiser with a differentiable update (SGD, Adam and kin); one copy of "
         "parameters and optimiser memory per step (replay), or its graph (graph)"
     )
-    storage: ClassVar[str] = "replay: parameters and optimiser memory of every step; graph: all steps' graphs"
+    storage: ClassVar[str] = (
+        "replay: parameters and optimiser memory of every step; graph: all steps' graphs, or those of the last ones"
+    )
     purpose: ClassVar[str] = (
         "few inner steps from a reset start, and inner problems that are not solved: the derivative of what was done"
     )

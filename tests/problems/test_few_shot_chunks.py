@@ -110,6 +110,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
 METHODS: Mapping[str, tuple[Any, float]] = {
     "replay": (Unrolled(), 1e-12),
     "graph": (Unrolled(memory="graph"), 1e-12),
+    "last graphs": (Unrolled(memory="graph", graphs=2), 1e-12),
     "forward mode": (Unrolled(mode="forward"), 1e-12),
     "truncated": (Unrolled(steps=2), 1e-12),
     "identity": ("identity", 1e-12),
