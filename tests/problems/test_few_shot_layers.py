@@ -208,11 +208,25 @@ def convolved_in_place() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.LeakyReLU(0.1, inplace=True), nn.MaxPool2d(2), nn.ReLU(inplace=True))
 
 
+class Viewed(nn.Module):
+    """What expects channels first: ``view``, and normalisation of groups of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.tanh(self.norm(self.first(x))), 2)
+        found: Tensor = self.last(x.view(x.size(0), -1))
+        return found
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "blocks": blocks,
     "blocks, in place": lambda: blocks(inplace=True),
     "in place, without norms": convolved_in_place,
     "residual": Residual,
+    "views and groups": Viewed,
 }
 
 
@@ -250,6 +264,27 @@ def test_networks_have_the_derivatives_of_each_task(name: str, own: str) -> None
         derivatives(outputs_of(made, values, vectorized), inputs, orders=2) for vectorized in (True, False)
     )
     assert error(found, expected) < 1e-12
+
+
+def test_no_images_have_no_outputs() -> None:
+    made = nn.Sequential(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2))
+    for own in (True, False):
+        values = stacked(made, 3, lambda name, own=own: own)
+        assert stacked_outputs(made, values, random(3, 0, 2, 8, 8)).shape == (3, 0, 3, 3, 3)
+
+
+def test_a_view_that_does_not_fit_is_torchs_error() -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(2, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.first(x)
+            return found.view(7, 11)
+
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        stacked_outputs(Wrong(), stacked(Wrong(), 3, lambda name: True), random(3, 5, 2, 8, 8))
 
 
 def digits(images: int) -> Tensor:

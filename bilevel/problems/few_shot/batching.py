@@ -38,7 +38,8 @@ class BatchedLayers(TorchFunctionMode):
       a convolution in M groups.
     - On the CPU, convolutions, batch normalisation and max-pooling of images in float32 or float64 keep channels last
       in memory, see :mod:`~bilevel.problems.few_shot.layers`. ``vmap`` copies all images before each convolution and
-      each pooling. Other layers between them see tensors of the shapes that they expect.
+      each pooling. Other layers between them see tensors of the shapes that they expect. ``view`` of such images as
+      vectors is a copy, as ``reshape`` would be.
 
     The numbers are the same to rounding.
     """
@@ -158,7 +159,7 @@ class _Normalised(_Rule):
         )
         joined = x.reshape(x.shape[0], count * x.shape[2], *x.shape[3:])
         found = F.batch_norm(joined, None, None, scale, shift, True, 0.0, eps)
-        return found.reshape(found.shape[0], count, -1, *found.shape[2:]), 1
+        return found.reshape(found.shape[0], count, found.shape[1] // count, *found.shape[2:]), 1
 
 
 class _NormalisedImages(_Rule):
@@ -215,7 +216,7 @@ class _ConvolvedImages(_Rule):
             return convolution(_images(x, dims[0], count), kernels, shift, geometry), 1
         images = _stacked(x, dims[0], count).flatten(0, 1).unsqueeze(1)
         found = convolution(images, weight.unsqueeze(0), None, geometry)
-        found = found.view(count, -1, *found.shape[2:])
+        found = found.view(count, len(found) // count, *found.shape[2:])
         return _shifted(found, bias, dims[2], count), 0
 
 
@@ -283,9 +284,29 @@ class _Pooled(_Rule):
         return pooling(_images(x, dims[0], info.batch_size), window), 1
 
 
+# --- what expects channels first --------------------------------------------------------------------------------------
+
+
+def _view(input: Tensor, *shape: Any) -> Tensor | None:
+    """Copies where the layers' memory allows no view: ``x.view(len(x), -1)`` is what many networks end with."""
+    try:
+        return input.view(*shape)
+    except RuntimeError as error:
+        if input.device.type != "cpu" or "not compatible" not in str(error):
+            raise
+        return input.reshape(*shape)
+
+
+def _group_norm(input: Tensor, *settings: Any, **named: Any) -> Tensor | None:
+    """Copies: ``vmap`` has no way to ask for another memory format, as that function does."""
+    return F.group_norm(input.contiguous(), *settings, **named) if _channels_last(input) else None
+
+
 _WAYS: Mapping[Any, Callable[..., Tensor | None]] = {
     F.batch_norm: _batch_norm,
     F.conv2d: _conv2d,
     F.max_pool2d: _max_pool2d,
     torch.max_pool2d: _max_pool2d,
+    Tensor.view: _view,
+    F.group_norm: _group_norm,
 }

@@ -119,7 +119,7 @@ def _joined(x: Tensor) -> Tensor:
 
 def _parted(x: Tensor, count: int) -> Tensor:
     """Returns ``(n, M, C, H, W)``, given ``(n, M·C, H, W)``: no view, which layers in place could not write to."""
-    found = x.view(x.shape[0], count, -1, *x.shape[2:])
+    found = x.view(x.shape[0], count, x.shape[1] // count, *x.shape[2:])
     return x.new_empty(0).set_(found.untyped_storage(), found.storage_offset(), found.shape, found.stride())
 
 
@@ -339,7 +339,7 @@ class _PutBack(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (places,) = ctx.saved_tensors
         images, channels, rows, columns = places.shape
-        along = grads[0].permute(0, 3, 4, 1, 2).reshape(images, -1, channels)
-        found = along.gather(1, places.permute(0, 2, 3, 1).reshape(images, -1, channels))
-        found = found.view(images, rows, columns, ctx.count, -1).permute(0, 3, 4, 1, 2)
+        along = grads[0].permute(0, 3, 4, 1, 2).flatten(3).flatten(1, 2)
+        found = along.gather(1, places.permute(0, 2, 3, 1).flatten(1, 2))
+        found = found.view(images, rows, columns, ctx.count, channels // ctx.count).permute(0, 3, 4, 1, 2)
         return found, None, None, None
