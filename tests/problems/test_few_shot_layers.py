@@ -217,7 +217,7 @@ class Viewed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(torch.tanh(self.norm(self.first(x))), 2)
-        found: Tensor = self.last(x.view(x.size(0), -1))
+        found: Tensor = self.last(x.view(x.size(0), -1)) + self.last(x.view(size=(len(x), 36)))
         return found
 
 
@@ -264,6 +264,14 @@ def test_networks_have_the_derivatives_of_each_task(name: str, own: str) -> None
         derivatives(outputs_of(made, values, vectorized), inputs, orders=2) for vectorized in (True, False)
     )
     assert error(found, expected) < 1e-12
+
+
+def test_groups_are_normalised_in_half_precision_too() -> None:
+    made = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4))
+    made[0].register_forward_hook(lambda module, given, found: found.bfloat16())
+    values, x = stacked(made, 3, lambda name: True, torch.float32), random(3, 5, 2, 8, 8, dtype=torch.float32)
+    found, expected = (outputs_of(made, values, vectorized)(x, *values.values()) for vectorized in (True, False))
+    assert torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_no_images_have_no_outputs() -> None:

@@ -287,19 +287,19 @@ class _Pooled(_Rule):
 # --- what expects channels first --------------------------------------------------------------------------------------
 
 
-def _view(input: Tensor, *shape: Any) -> Tensor | None:
+def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor | None:
     """Copies where the layers' memory allows no view: ``x.view(len(x), -1)`` is what many networks end with."""
     try:
-        return input.view(*shape)
+        return input.view(*shape, **named)
     except RuntimeError as error:
         if input.device.type != "cpu" or "not compatible" not in str(error):
             raise
-        return input.reshape(*shape)
+        return input.contiguous().view(*shape, **named)
 
 
 def _group_norm(input: Tensor, *settings: Any, **named: Any) -> Tensor | None:
     """Copies: ``vmap`` has no way to ask for another memory format, as that function does."""
-    return F.group_norm(input.contiguous(), *settings, **named) if _channels_last(input) else None
+    return F.group_norm(input.contiguous(), *settings, **named)  # of any dtype: a cast keeps the memory's order
 
 
 _WAYS: Mapping[Any, Callable[..., Tensor | None]] = {
