@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import math
 import platform
 import statistics
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks.options import add_clock, add_results, carry_out, keep, named, new_parser
+from benchmarks.peers.memory import keep_memory
 from benchmarks.peers.report import processor
 from bilevel import (
     ConjugateGradient,
@@ -357,15 +357,6 @@ def agreement(start: Task, first: Task, second: Task) -> float:
     """Returns the largest distance between two ends, relative to the way from the start."""
     triples = zip(start.parameters(), first.parameters(), second.parameters(), strict=True)
     return max(float((a - b).detach().norm() / (a - s).detach().norm()) for s, a, b in triples)
-
-
-def keep_memory() -> None:
-    """Lets glibc keep freed memory: giving it back and taking it again costs either side up to a tenth, by chance."""
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3
-        library = ctypes.CDLL(None)
-        library.mallopt(mmap_threshold, 1 << 30)
-        library.mallopt(trim_threshold, 1 << 30)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -350,7 +350,29 @@ def test_a_size_that_would_exceed_the_budget_is_not_even_tried() -> None:
     assert asked == [1, 2, 4, 8]
 
 
-@pytest.mark.parametrize("method", [Unrolled(), Unrolled(memory="graph"), "cg"], ids=["replay", "graph", "cg"])
+BUDGETED = {
+    "replay": Unrolled(),
+    "graph": Unrolled(memory="graph"),
+    "last graph": Unrolled(memory="graph", graphs=1),
+    "cg": "cg",
+}
+
+
+def peaks_of(method: Any) -> list[int]:
+    made, tasks = Wide(network(size=40, width=4)), episodes(tasks=1, size=40, queries=8)
+    engine = engine_of(method, made=made, tasks=tasks, chunk_size="auto", memory_budget=10**9, proximal=3.0)
+    engine.step()
+    choice = adaptation(engine).chunking
+    assert choice is not None
+    return [trial.peak for trial in choice.trials]
+
+
+def test_graphs_that_are_not_kept_are_not_promised() -> None:
+    kept, last, none = (peaks_of(BUDGETED[name])[0] for name in ("graph", "last graph", "replay"))
+    assert none < last < kept
+
+
+@pytest.mark.parametrize("method", BUDGETED.values(), ids=BUDGETED)
 @pytest.mark.parametrize("tight", [False, True])
 def test_a_steps_memory_stays_in_the_budget(method: Any, tight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the largest chunks the fastest: what a whole outer step takes, measured, is what was promised."""

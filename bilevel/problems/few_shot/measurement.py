@@ -78,7 +78,10 @@ class Costs:
     def _graphs_kept(self, size: int) -> int:
         if self.method is None or not self.method.keeps_graph:
             return 0
-        return (self.method.recorded_steps or self.steps) * math.ceil(self.count / size)
+        steps = self.method.recorded_steps or self.steps
+        if self.method.num_graphs is not None:
+            steps = min(steps, self.method.num_graphs)
+        return steps * math.ceil(self.count / size)
 
     def _leaves(self, total: Sum, chunk: Chunk) -> tuple[Tensors, Tensors]:
         return total.leaves(chunk, total.stacked.tensors, total.shared.tensors)
