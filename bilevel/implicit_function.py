@@ -60,6 +60,11 @@ def obstacle(estimator: Estimator) -> str:
         value = estimator.describe().get(field, needed)
         if value != needed:
             return f"method {estimator.name!r} has {field}={value!r}, and its derivative needs {field}={needed!r}"
+    if estimator.needs_diagonal:
+        return (
+            f"method {estimator.name!r} reads what the inner problem's optimiser keeps (preconditioner='optimizer'), "
+            "which is not known where its solution is differentiated again; use 'nystrom' or 'none'"
+        )
     return ""
 
 

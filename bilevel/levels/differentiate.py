@@ -299,9 +299,7 @@ class Differentiator:
             respond = RepeatedUpdates(lower.trajectory, lower.start)
         else:
             solver = method_again(estimator, self.solver)
-            standing = replace(lower, inner=here.values, outer=base)
-            for method in (estimator, solver):  # the first derivative is by the one, further ones by the other
-                standing = self._with_diagonal(name, method, standing)
+            standing = self._with_diagonal(name, estimator, replace(lower, inner=here.values, outer=base))
             respond = SolvedResponse(standing, estimator, solver, lambda info: self.policy.below(name, info))
         return Lower(name, problem.parameters, given, respond, problem.module)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import Engine, EngineConfig, Exact, Problem
-from bilevel.errors import DataError, GraphError, NonFiniteError, SolveError
+from bilevel import ConjugateGradient, Engine, EngineConfig, Exact, Problem
+from bilevel.errors import ConfigError, DataError, GraphError, NonFiniteError, SolveError
 from tests.proofs.nest_engines import engine_of, hypergradient_of, values_of
 from tests.proofs.nest_structures import STRUCTURES, Structure
 from tests.proofs.nests import make_quadratic
@@ -96,6 +96,22 @@ def test_a_warmed_up_engine_goes_on_like_one_that_starts_there(method: str) -> N
     for engine in (plain, warmed):
         engine.step()
     torch.testing.assert_close(values_of(plain), values_of(warmed), rtol=1e-12, atol=1e-12)
+
+
+def test_the_preconditioner_of_an_optimizer_serves_first_derivatives_below_a_middle_level() -> None:
+    """Further ones have no optimiser to ask, and are the nested solver's."""
+    nest = make_quadratic(STRUCTURES["three_levels"], dict.fromkeys("abc", 2), number=3)
+    found = []
+    for kind in ("optimizer", "none"):
+        methods = {"b": "exact", "c": ConjugateGradient(preconditioner=kind, max_iterations=50, rtol=1e-13)}
+        adam = {"optimizer": lambda params: torch.optim.Adam(params, lr=0.1)}
+        engine = engine_of(nest, nest.point, methods, rates={"a": 0.1, "b": 0.1}, steps={"b": 2, "c": 3}, c=adam)
+        for _ in range(2):
+            engine.step()
+        found.append(values_of(engine))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+    with pytest.raises(ConfigError, match=r"nested_solver.*preconditioner='optimizer'.*use 'nystrom' or 'none'"):
+        EngineConfig(nested_solver=ConjugateGradient(preconditioner="optimizer"))
 
 
 def without(structure: Structure, *constant: str) -> Structure:
