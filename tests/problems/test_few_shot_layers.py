@@ -266,6 +266,19 @@ def test_networks_have_the_derivatives_of_each_task(name: str, own: str) -> None
     assert error(found, expected) < 1e-12
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_public_way_gives_the_same(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bilevel.problems.few_shot.batching.HAS_STACKS", False)
+    torch.manual_seed(0)
+    made = blocks()
+    values, x = stacked(made, 3, lambda name: own), random(3, 5, 2, 8, 8)
+    inputs = [x, *values.values()]
+    public = derivatives(outputs_of(made, values, vectorized=True), inputs, orders=2)
+    monkeypatch.undo()
+    stacks = derivatives(outputs_of(made, values, vectorized=True), inputs, orders=2)
+    assert all(torch.equal(a, b) for a, b in zip(public, stacks, strict=True))
+
+
 def test_groups_are_normalised_in_half_precision_too() -> None:
     made = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4))
     made[0].register_forward_hook(lambda module, given, found: found.bfloat16())

@@ -8,13 +8,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import _add_batch_dim, _unwrap_batched
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from bilevel.problems.few_shot.layers import Geometry, Window, convolution, normalisation, pooling
+
+try:  # not public: see _applied
+    from torch._C._functorch import _add_batch_dim, _unwrap_batched
+    from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
+except ImportError:
+    HAS_STACKS = False
+else:
+    HAS_STACKS = True
 
 __all__ = ["BatchedLayers", "has_batched_layers"]
 
@@ -87,9 +93,10 @@ def _applied(rule: type[_Rule], *arguments: Any) -> Tensor:
     """Returns what a rule makes of arguments that ``vmap`` has stacked.
 
     ``rule.apply`` does the same and takes 0.1 ms more each time (torch 2.13): as long as a small layer. So that way is
-    taken only where ``torch.compile`` captures the loss, which knows no other.
+    taken only where ``torch.compile`` captures the loss, which knows no other, and where torch's stacks are not to be
+    had: what they are read by is not public, and this is nothing that should fail without.
     """
-    if torch.compiler.is_compiling():
+    if not HAS_STACKS or torch.compiler.is_compiling():
         traced: Tensor = rule.apply(*arguments)  # type: ignore[no-untyped-call]
         return traced
     interpreter = retrieve_current_functorch_interpreter()
