@@ -38,8 +38,9 @@ class EngineConfig:
         nested_solver: The method by which the response of a problem below a middle level is differentiated again, where
             the problem's own method cannot be. Methods that follow the updates (``unrolled``, ``one_step``, ``pzobo``,
             ``sama``) repeat them; ``identity``, ``neumann``, ``conjugate_gradient``, ``minres``, ``gmres``, ``nystrom``
-            and ``exact`` solve again by themselves, unless they continue from a state. Where it steps in, or a method
-            has a state, repeated updates of the middle level are those that were made up to the methods' errors.
+            and ``exact`` solve again by themselves, unless they continue from a state or read the optimiser's. Where it
+            steps in, or a method has a state, repeated updates of the middle level are those that were made up to the
+            methods' errors.
         solve_timeout: Seconds that one best-response product may take; checked after every gradient and product. A late
             one is given to ``fallback`` where there is one, and is an error otherwise. None for no limit.
         stop_signals: Names of the signals on which ``run()`` ends after the present step; a second one undoes the step
