@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel.problems.few_shot import layers
+from bilevel.problems.few_shot.batching import convolved
 from bilevel.problems.few_shot.layers import Geometry, Window
 from bilevel.problems.few_shot.stacked import stacked_outputs
 
@@ -277,6 +278,33 @@ def test_the_public_way_gives_the_same(own: bool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     stacks = derivatives(outputs_of(made, values, vectorized=True), inputs, orders=2)
     assert all(torch.equal(a, b) for a, b in zip(public, stacks, strict=True))
+
+
+@pytest.mark.parametrize("own", ["all", "biases", "none"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_for_cuda_has_the_derivatives_of_each_task(
+    name: str, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bilevel.problems.few_shot.batching._channels_last", lambda *tensors: False)
+    monkeypatch.setattr("bilevel.problems.few_shot.batching._by_matrices", lambda images: True)
+    used: list[int] = []
+    monkeypatch.setattr(
+        "bilevel.problems.few_shot.batching.convolved", lambda *given: (used.append(1), convolved(*given))[1]
+    )
+    torch.manual_seed(0)
+    made = NETWORKS[name]()
+    chosen: Callable[[str], bool] = {
+        "all": lambda name: True,
+        "biases": lambda name: name.endswith("bias"),
+        "none": lambda name: False,
+    }[own]
+    values, x = stacked(made, 3, chosen), random(3, 5, 2, 8, 8)
+    inputs = [x, *values.values()]
+    found, expected = (
+        derivatives(outputs_of(made, values, vectorized), inputs, orders=2) for vectorized in (True, False)
+    )
+    assert error(found, expected) < 1e-12
+    assert bool(used) == (own == "all" and name != "residual")  # whose kernels are in groups, or padded by a name
 
 
 def test_groups_are_normalised_in_half_precision_too() -> None:

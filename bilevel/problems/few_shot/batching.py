@@ -134,6 +134,11 @@ def _channels_last(images: Tensor, *parameters: Tensor | None) -> bool:
     )
 
 
+def _by_matrices(images: Tensor) -> bool:
+    """Whether a convolution is one of :func:`convolved`."""
+    return images.device.type == "cuda"
+
+
 # --- batch normalisation ----------------------------------------------------------------------------------------------
 
 
@@ -200,7 +205,7 @@ def _conv2d(
     geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
     if _channels_last(input, weight, bias):
         return _applied(_ConvolvedImages, input, weight, bias, geometry)
-    if input.device.type == "cuda" and groups == 1:
+    if _by_matrices(input) and groups == 1:
         return _applied(_Convolved, input, weight, bias, geometry)
     return None
 
