@@ -195,7 +195,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> None:
     lines = []
     for workload in dict.fromkeys(row.workload for row in rows):
         lines += [*table([row for row in rows if row.workload == workload]), ""]
-    lines.append("; ".join(f"{name}: {value}" for name, value in told.items()) + ".")
+    run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
+    lines.append(f"{run}; torch {told['torch']}.")
     print("\n".join(lines))
     result = {"about": told, "lines": lines, "rows": [asdict(row) for row in rows]}
     keep(named("compiled", options.device), result, options)
