@@ -208,6 +208,7 @@ def worker(rank: int, port: int, folder: str) -> None:
             "quiet": said_by_all(rank),
         }
         torch.save(found, os.path.join(folder, f"{rank}.pt"))
+        dist.barrier()  # gloo's threads do not like a peer that has gone
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
