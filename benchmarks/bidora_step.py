@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dora_gpu import STACKS, Case, adapted, inputs
-from benchmarks.options import add_clock, add_results, carry_out, keep, named, new_parser
-from benchmarks.pages.results import RESULTS, load
+from benchmarks.options import add_append, add_clock, add_results, carry_out, earlier, keep, named, new_parser
 from benchmarks.peers.memory import peak_bytes
 from benchmarks.peers.timing import median, ratio, rotated, timed
 from bidora import BiDoRAConfig, Direction, Magnitude, get_bidora_model
@@ -473,7 +472,7 @@ def main() -> None:
     parser.add_argument(
         "--no-exact", action="store_true", help="leave exact products out: they hold the gradient's graph"
     )
-    parser.add_argument("--append", action="store_true", help="to the results that are kept")
+    add_append(parser)
     parser.add_argument("--memory", action="store_true", help="peak memory on the CPU too, by the profiler")
     add_clock(parser, rounds=7)
     add_results(parser)
@@ -493,10 +492,8 @@ def run(arguments: argparse.Namespace) -> None:
         "rounds": arguments.rounds,
         "clock": "processor time" if arguments.cpu_time else "wall clock",
         "date": time.strftime("%Y-%m-%d"),
-        "results": [],
+        "results": earlier(name, arguments).get("results", []),
     }
-    if arguments.append and (RESULTS / f"{name}.json").exists():
-        document["results"] = load(name)["results"]
     for shape in arguments.shape:
         small = shape == "minilm"
         for tokens in arguments.tokens or ["16x96" if small else "4x512"]:

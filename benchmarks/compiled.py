@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
+from benchmarks.options import add_comparison, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import find
 from benchmarks.peers.protocol import Remote, WorkerError
-from benchmarks.peers.report import about, as_told, lines_of, scientific
+from benchmarks.peers.report import about, conditions, lines_of, scientific
 from benchmarks.peers.side import Method, NotOffered
 from benchmarks.peers.timing import median, ratio, rotated
 from benchmarks.peers.verdict import error
@@ -178,10 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("workloads", nargs="*", default=["reweighting"], help="of benchmarks.peers, functional ones")
     parser.add_argument("--size", default="full", choices=("small", "full"))
     parser.add_argument("--steps", type=int, default=3, help="outer steps a round")
-    add_clock(parser, rounds=15)
-    add_environments(parser)
-    add_data(parser)
-    add_results(parser)
+    add_comparison(parser, rounds=15)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     carry_out(options, lambda: run(options, given), lines_of)
@@ -191,12 +188,11 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> None:
     """Measures, prints the tables and keeps what is to be kept."""
     started = time.perf_counter()
     rows = measure(options)
-    told = about(as_told(given), time.perf_counter() - started, options, "benchmarks.compiled")
+    told = about(given, time.perf_counter() - started, options, "benchmarks.compiled")
     lines = []
     for workload in dict.fromkeys(row.workload for row in rows):
         lines += [*table([row for row in rows if row.workload == workload]), ""]
-    run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
-    lines.append(f"{run}; torch {told['torch']}.")
+    lines.append(f"{conditions(told)}.")
     print("\n".join(lines))
     result = {"about": told, "lines": lines, "rows": [asdict(row) for row in rows]}
     keep(named("compiled", options.device), result, options)

@@ -27,8 +27,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.options import add_results, carry_out, keep, new_parser
-from benchmarks.pages.results import load
+from benchmarks.options import add_append, add_results, carry_out, earlier, keep, new_parser
 from bidora import use_exact_dora
 
 METHODS = ("LoRA", "PEFT DoRA", "exact DoRA", "exact DoRA, torch")
@@ -336,7 +335,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS[1:], default=list(METHODS[1:]))
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="each stack with gradient checkpointing as well")
-    parser.add_argument("--append", action="store_true", help="keep the rows that are kept")
+    add_append(parser)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     add_results(parser)
@@ -350,8 +349,7 @@ def run(arguments: argparse.Namespace) -> None:
     name = "dora" if arguments.device == "cuda" else "dora-cpu"
     document = measured(arguments)
     print(*lines_of(document), sep="\n", flush=True)
-    if arguments.append:
-        document["results"] = load(name)["results"] + document["results"]
+    document["results"] = earlier(name, arguments).get("results", []) + document["results"]
     keep(name, document, arguments)
 
 

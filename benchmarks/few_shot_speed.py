@@ -30,8 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from benchmarks.options import add_clock, add_results, carry_out, keep, named, new_parser
-from benchmarks.pages.results import RESULTS, load
+from benchmarks.options import add_append, add_clock, add_results, carry_out, earlier, keep, named, new_parser
 from bilevel import ConjugateGradient, Engine, EngineConfig, Unrolled
 from bilevel.problems import Adaptation, MetaLearner, TaskBatch
 from bilevel.problems.few_shot.budget import measured_peak
@@ -354,7 +353,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", type=int, default=[64])
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--every", action="store_true", help="implicit methods and a fixed chunk size, too")
-    parser.add_argument("--append", action="store_true", help="tables that are kept and not measured now stay")
+    add_append(parser)
     add_clock(parser, rounds=7)
     add_results(parser)
     arguments = parser.parse_args()
@@ -366,7 +365,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     name = named("few_shot_speed", arguments.device)
-    tables = load(name)["tables"] if arguments.append and (RESULTS / f"{name}.json").exists() else {}
+    tables = earlier(name, arguments).get("tables", {})
     for problem in arguments.problem:
         for tasks in arguments.tasks:
             for steps in arguments.steps:

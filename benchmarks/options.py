@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.results import RESULTS, save, write_page
+from benchmarks.pages.results import RESULTS, load, save, write_page
 
 __all__ = [
+    "add_append",
     "add_clock",
+    "add_comparison",
     "add_data",
     "add_environments",
     "add_results",
     "carry_out",
+    "earlier",
     "keep",
     "measures",
     "named",
@@ -59,6 +62,19 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_append(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--append``."""
+    parser.add_argument("--append", action="store_true", help="to the results that are kept")
+
+
+def add_comparison(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Adds what commands share that compare libraries on data."""
+    add_clock(parser, rounds)
+    add_environments(parser)
+    add_data(parser)
+    add_results(parser)
+
+
 def carry_out(
     options: argparse.Namespace,
     measure: Callable[[], object],
@@ -82,6 +98,11 @@ def keep(name: str, result: Mapping[str, Any], options: argparse.Namespace) -> N
         save(name, result)
     if options.json is not None:
         save(name, result, options.json)
+
+
+def earlier(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Reads the kept result to which ``--append`` appends: nothing where it is not asked for, or nothing is kept."""
+    return load(name) if options.append and (RESULTS / f"{name}.json").exists() else {}
 
 
 def named(name: str, device: str) -> str:

@@ -16,7 +16,9 @@ import argparse
 import copy
 import math
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from torch.func import functional_call
 
 from benchmarks.options import add_clock, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.memory import keep_memory
-from benchmarks.peers.report import processor
+from benchmarks.peers.report import as_told, processor
 from bilevel import (
     ConjugateGradient,
     Engine,
@@ -405,17 +407,15 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = [Size.taking(milliseconds, clock, arguments.device) for milliseconds in arguments.pass_ms]
     rows = [measure(size, case, arguments.rounds, clock, arguments.device) for size in sizes for case in CASES]
     where = processor() if arguments.device == "cpu" else torch.cuda.get_device_name()
-    command = f"python -m benchmarks.overhead --pass-ms {' '.join(f'{ms:g}' for ms in arguments.pass_ms)}"
-    command += f" --rounds {arguments.rounds} --threads {arguments.threads} --device {arguments.device}"
+    command = shlex.join(["python", "-m", "benchmarks.overhead", *as_told(sys.argv[1:])])
     source = (
         f"`{command}`, {time.strftime('%Y-%m-%d')}, {where}, Python {platform.python_version()}, torch "
         f"{torch.__version__}, {'processor time' if arguments.cpu_time else 'wall clock'}; the allocator keeps freed "
         "memory for both."
     )
-    name = named("overhead", arguments.device)
-    result = {"name": name, "source": source, "rows": rows}
+    result = {"source": source, "rows": rows}
     print("\n".join(lines_of(result)))
-    keep(name, result, arguments)
+    keep(named("overhead", arguments.device), result, arguments)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from benchmarks.growth.report import draw, lines_of, name_on_page, shown
 from benchmarks.options import add_clock, add_environments, add_results, carry_out, keep, new_parser
 from benchmarks.pages.results import PAGES, kept
 from benchmarks.peers.environments import LIBRARIES, find
-from benchmarks.peers.report import about, as_told, complain
+from benchmarks.peers.report import about, complain
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = {"small": 0.5, "full": 8.0, "cuda": 2.0}  # the longest step that a line goes on from, by Run.key
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.axes if name not in AXES]
     if unknown:
         parser.error(f"unknown axis {', '.join(unknown)}: there are {', '.join(AXES)}")
-    carry_out(options, lambda: run(options, options.axes or list(AXES), as_told(given)), shown)
+    carry_out(options, lambda: run(options, options.axes or list(AXES), given), shown)
     if options.page is not None:
         from benchmarks.tutorials.study import picture  # needs SciPy and Matplotlib
 

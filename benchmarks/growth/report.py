@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.growth.axes import AXES, Run
 from benchmarks.options import named
 from benchmarks.peers.environments import LIBRARIES
-from benchmarks.peers.report import plain, scientific
+from benchmarks.peers.report import conditions, plain, scientific, versions_of
 
 __all__ = ["Fit", "draw", "fit", "lines_of", "name_on_page", "shown"]
 
@@ -134,15 +134,8 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     told = result["about"]
-    versions = ", ".join(
-        f"{name} {version}"
-        for library, found in result["versions"].items()
-        for name, version in found.items()
-        if name not in ("python", "torch") and library not in ("hand", "bilevel", "vmap")
-    )
     problem = axis.problem[Run(told["size"], result["device"]).key]
-    run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
-    lines += ["", f"Problem: {problem}. {run}; torch {told['torch']}, {versions}."]
+    lines += ["", f"Problem: {problem}. {conditions(told)}{versions_of(result)}."]
     notes = [f"{name_of(line)}: {stopped(line)}." for line in result["rows"] if line["stopped"] and drawn(line)]
     notes += [f"Not drawn: {name_of(line)}: {why_not(line)}." for line in result["rows"] if not drawn(line)]
     notes += [f"{NAMES[library]}: {why}." for library, why in result["absent"].items()]

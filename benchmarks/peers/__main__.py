@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
+from benchmarks.options import add_comparison, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import LIBRARIES, interpreters
-from benchmarks.peers.report import about, as_told, lines_of
+from benchmarks.peers.report import about, lines_of
 from benchmarks.peers.run import Settings, measure
 
 WORKLOADS = Path(__file__).parent / "workloads"
@@ -37,10 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--libraries", nargs="+", choices=tuple(LIBRARIES), default=list(LIBRARIES))
     parser.add_argument("--methods", nargs="+", help="only these rows: keys of the workloads' METHODS")
     parser.add_argument("--size", default="full", help="a key of the workload's SIZES: small, full, …")
-    add_clock(parser, rounds=15)
-    add_environments(parser)
-    add_data(parser)
-    add_results(parser)
+    add_comparison(parser, rounds=15)
     parser.add_argument("--suffix", default="", help="of the results' names: a second table of the same workload")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
@@ -69,7 +66,7 @@ def _run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str]
     for name in names:
         started = time.perf_counter()
         found = measure(name, pythons, absent, settings)
-        told = about(as_told(given), time.perf_counter() - started, settings)
+        told = about(given, time.perf_counter() - started, settings)
         result = {"about": told, **found.as_json()}
         print(f"## {found.title}\n", *lines_of(result), "", sep="\n", flush=True)
         keep(named(name, options.device) + options.suffix, result, options)

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.options import add_clock, add_data, add_environments, add_results, carry_out, keep, named, new_parser
+from benchmarks.options import add_comparison, carry_out, keep, named, new_parser
 from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.reference import IndefiniteError, Point, conjugate_gradient, new_inner, unflat
-from benchmarks.peers.report import about, as_told, complain, lines_of, scientific
+from benchmarks.peers.report import about, complain, lines_of, scientific
 from benchmarks.peers.run import Settings, has_side
 from benchmarks.peers.side import Arrays, Method, NotOffered, Task
 from benchmarks.peers.timing import rotated
@@ -478,10 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--libraries", nargs="+", choices=tuple(LIBRARIES), default=["bilevel", *PEERS])
     parser.add_argument("--size", choices=("small", "full"), default="full")
     parser.add_argument("--steps", type=int, default=STEPS)
-    add_clock(parser, rounds=5)
-    add_environments(parser)
-    add_data(parser)
-    add_results(parser)
+    add_comparison(parser, rounds=5)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     carry_out(options, lambda: _run(options, given), lines_of)
@@ -494,7 +491,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
         started = time.perf_counter()
         present = {library: python for library, python in pythons.items() if has_side(library, name)}
         found = measure(name, present, settings, options.steps)
-        told = about(as_told(given), time.perf_counter() - started, settings, module="benchmarks.peers.precision")
+        told = about(given, time.perf_counter() - started, settings, "benchmarks.peers.precision")
         print(f"## {name}\n", *found["lines"], "", sep="\n", flush=True)
         keep(named(f"{name}-precision", options.device), {"about": told, **found}, options)
 

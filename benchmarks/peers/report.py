@@ -17,13 +17,13 @@ import torch
 
 from benchmarks.peers.environments import LIBRARIES
 
-__all__ = ["about", "as_told", "lines_of"]
+__all__ = ["about", "as_told", "conditions", "lines_of", "versions_of"]
 
 COLUMNS = ("method", "library", "passes", "ms a step", "to the loop by hand", "peak MiB", "error", "to the exact", "")
 
 
-def about(command: Sequence[str], seconds: float, settings: Any, module: str = "benchmarks.peers") -> dict[str, Any]:
-    """Returns what a reader needs to judge the numbers."""
+def about(given: Sequence[str], seconds: float, settings: Any, module: str = "benchmarks.peers") -> dict[str, Any]:
+    """Returns what a reader needs to judge the numbers that a command with these arguments has measured."""
     gpu = torch.cuda.get_device_name() if settings.device == "cuda" else None
     return {
         "machine": f"{processor()}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
@@ -33,7 +33,7 @@ def about(command: Sequence[str], seconds: float, settings: Any, module: str = "
         "clock": "processor time" if settings.cpu_time else "wall clock",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": f"python -m {module} " + shlex.join(command),
+        "command": f"python -m {module} " + shlex.join(as_told(given)),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds, 1),
     }
@@ -52,6 +52,22 @@ def as_told(given: Sequence[str]) -> list[str]:
         elif text != "--save" and not text.startswith(("--json=", "--page=")):
             told.append(Path(text).name if "/" in text else text)
     return told
+
+
+def conditions(told: Mapping[str, Any]) -> str:
+    """Returns how it was measured, as a page tells it of what :func:`about` returned."""
+    run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
+    return f"{run}; torch {told['torch']}"
+
+
+def versions_of(result: Mapping[str, Any]) -> str:
+    """Returns the versions of peers and of what they are written in, each after a comma."""
+    return "".join(
+        f", {name} {version}"
+        for library, found in result["versions"].items()
+        for name, version in found.items()
+        if name not in ("python", "torch") and library not in ("hand", "vmap", "bilevel", "bilevel_compiled")
+    )
 
 
 def processor() -> str:
@@ -76,15 +92,7 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
             label = ""
     notes = [f"{LIBRARIES[name].name}: {why}." for name, why in result["absent"].items()]
     notes += remarks(result)
-    told = result["about"]
-    versions = ", ".join(
-        f"{name} {version}"
-        for library, found in result["versions"].items()
-        for name, version in found.items()
-        if name not in ("python", "torch") and library not in ("hand", "vmap", "bilevel", "bilevel_compiled")
-    )
-    run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
-    lines += ["", f"{result['source']}. {run}; torch {told['torch']}{versions and f', {versions}'}."]
+    lines += ["", f"{result['source']}. {conditions(result['about'])}{versions_of(result)}."]
     return lines + ([""] + [f"- {note}" for note in notes] if notes else [])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.options import add_results, keep, measures, new_parser
+from benchmarks.options import add_append, add_results, earlier, keep, measures, new_parser
 from benchmarks.pages.results import PAGES, RESULTS, kept, load, marks, save, with_texts, write_page
 from benchmarks.peers.report import as_told
 
@@ -143,3 +143,11 @@ def test_a_page_alone_measures_nothing(tmp_path: Path) -> None:
     assert load("x", tmp_path) == {"rows": []}
     with pytest.raises(SystemExit):
         parser.parse_args(["--json", "results.json"])
+
+
+def test_results_are_appended_to_what_is_kept_where_that_is_asked_for() -> None:
+    parser = new_parser("")
+    add_append(parser)
+    plain, more = parser.parse_args([]), parser.parse_args(["--append"])
+    assert earlier("overhead", more) == load("overhead")
+    assert earlier("overhead", plain) == earlier("nothing of this name", more) == {}
