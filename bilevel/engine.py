@@ -24,7 +24,7 @@ from bilevel.errors import (
 )
 from bilevel.faults import Activity, Work, explained
 from bilevel.feed import Feed
-from bilevel.functional import ParameterSlots, PassCount, buffers_protected, require_finite
+from bilevel.functional import PassCount, require_finite
 from bilevel.hypergrad import Estimator, Exact, State, as_estimator
 from bilevel.interrupt import Shield, StopSignals
 from bilevel.levels import Dependencies
@@ -42,6 +42,7 @@ from bilevel.problems import Problem
 from bilevel.randomness import preserved
 from bilevel.result import Hypergradient, StepResult
 from bilevel.settings import EngineConfig
+from bilevel.slots import ParameterSlots, buffers_protected
 from bilevel.snapshot import Snapshot
 from bilevel.step import NonFiniteStepError, Report, Step
 

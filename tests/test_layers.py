@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "precision", "randomness", "result", "vector"),
     ("interrupt",),
-    ("checkpoint", "data", "double_backward", "faults", "hooks", "optim", "optimizer_state", "sources", "structure"),
-    ("validation",),
+    ("checkpoint", "data", "double_backward", "faults", "hooks", "optim", "optimizer_state", "slots"),
+    ("sources", "structure", "validation"),
     ("engine_state", "feed", "functional", "loss_scale", "stepper"),
     ("distributed", "linear", "products"),
     ("compiled",),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import distributed
 from bilevel.faults import Deadline, Work
-from bilevel.functional import BufferValues, ModuleObjective, Objective, loss_and_outputs, require_finite
+from bilevel.functional import ModuleObjective, Objective, loss_and_outputs, require_finite
 from bilevel.hypergrad import Estimator, InnerProblem, InnerStep, Pullback, State
 from bilevel.levels.accumulation import accumulate
 from bilevel.levels.gradients import Gradients
@@ -30,6 +30,7 @@ from bilevel.problems.base import Problem
 from bilevel.products import full_precision
 from bilevel.randomness import Replay, States
 from bilevel.result import SolveInfo
+from bilevel.slots import BufferValues
 from bilevel.vector import Tensors
 
 __all__ = ["Differentiator", "Policy"]

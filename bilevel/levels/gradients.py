@@ -12,11 +12,12 @@ from torch import Tensor
 
 from bilevel.double_backward import second_derivative_errors
 from bilevel.faults import Activity, Work
-from bilevel.functional import ParameterSlots, PassCount, Reduce, dense_gradient
+from bilevel.functional import PassCount, Reduce, dense_gradient
 from bilevel.levels.metrics import mean_metrics
 from bilevel.loss_scale import LossScale
 from bilevel.problems.base import Problem
 from bilevel.randomness import generator_devices
+from bilevel.slots import ParameterSlots
 from bilevel.vector import Tensors
 
 __all__ = ["Gradients", "Taken"]

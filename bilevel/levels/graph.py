@@ -15,9 +15,10 @@ from torch import Tensor
 
 from bilevel.double_backward import refuse_obstacles, second_derivative_errors
 from bilevel.errors import BilevelWarning, GraphError, LossError, ParameterError
-from bilevel.functional import ParameterSlots, leaves
+from bilevel.functional import leaves
 from bilevel.problems.base import Problem
 from bilevel.randomness import generator_devices, preserved
+from bilevel.slots import ParameterSlots
 
 __all__ = ["Dependencies", "Reading", "check_ownership", "dependencies_of", "discover", "examine"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.functional import BufferValues
 from bilevel.hypergrad import State
 from bilevel.levels.step_graph import KeptGraph
 from bilevel.optim import Update
 from bilevel.randomness import Replay, States
 from bilevel.result import Hypergradient, SolveInfo, Status
+from bilevel.slots import BufferValues
 from bilevel.vector import Tensors
 
 __all__ = ["InnerRecord", "LossGradient", "RecordedUpdate", "Settled"]

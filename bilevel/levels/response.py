@@ -17,17 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.errors import LossError
-from bilevel.functional import (
-    Evaluate,
-    Objective,
-    ParameterSlots,
-    dense_gradient,
-    gradient,
-    leaves,
-)
+from bilevel.functional import Evaluate, Objective, dense_gradient, gradient, leaves
 from bilevel.hypergrad import Automatic, Estimator, FiniteDifference, Identity, InnerProblem, InnerStep, Nystrom
 from bilevel.implicit_function import AdjointRule, obstacle
 from bilevel.result import SolveInfo
+from bilevel.slots import ParameterSlots
 from bilevel.vector import Tensors, subtract
 
 __all__ = ["BestResponse", "Lower", "NestedObjective", "RepeatedUpdates", "SolvedResponse", "method_again"]

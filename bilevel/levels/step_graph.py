@@ -16,10 +16,11 @@ from bilevel.double_backward import (
     refuse_once_differentiable,
     second_derivative_errors,
 )
-from bilevel.functional import ParameterSlots, PassCount, dense_gradient, derivatives, independent, leaves
+from bilevel.functional import PassCount, dense_gradient, derivatives, independent, leaves
 from bilevel.hypergrad.base import StepGraph
 from bilevel.levels.metrics import mean_metrics
 from bilevel.problems.base import Problem
+from bilevel.slots import ParameterSlots
 from bilevel.vector import Tensors
 
 __all__ = ["KeptGraph", "take_with_graph"]

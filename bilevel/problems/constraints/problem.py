@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bilevel.errors import ConfigError, LossError, unknown_name
-from bilevel.functional import ParameterSlots
 from bilevel.problems.base import Problem
 from bilevel.problems.constraints.sets import Constraint
 from bilevel.problems.supervised import Training
+from bilevel.slots import ParameterSlots
 from bilevel.validation import check_number
 from bilevel.vector import Tensors
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from bilevel import distributed
 from bilevel.data.episodes import TaskBatch, TaskSource
 from bilevel.errors import ConfigError, DataError, ParameterError
-from bilevel.functional import buffers_protected, dense_gradient, derivatives
+from bilevel.functional import dense_gradient, derivatives
 from bilevel.problems.base import ParameterSelection, Problem, select_parameters
 from bilevel.problems.few_shot.assessment import Assessment
 from bilevel.problems.few_shot.budget import SHARE, Chunking, choose, free_memory
@@ -38,6 +38,7 @@ from bilevel.problems.few_shot.stacked import (
 from bilevel.problems.supervised import Criterion, counterpart
 from bilevel.randomness import preserved
 from bilevel.result import StepResult
+from bilevel.slots import buffers_protected
 from bilevel.validation import check_integer
 from bilevel.vector import Tensors
 
