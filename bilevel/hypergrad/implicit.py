@@ -30,7 +30,7 @@ from bilevel.products import (
 )
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_number
-from bilevel.vector import Tensors, axpy, is_finite, norm, promote, scale, subtract
+from bilevel.vector import Tensors, axpy, is_finite, lengths, promote, scale, subtract
 
 __all__ = ["Implicit", "Iterative", "System", "Variables"]
 
@@ -256,51 +256,29 @@ def solve_adjoint(
     variables = Variables(cotangent, products.active)
     v = variables.select(cotangent)
     known = kept_solutions(estimator, variables, state)
-    system, damping = _Counted(lambda q: promote(products.hessian(q)), products), estimator.regularisation()
-    slope = float(norm([part.detach() for part in products.gradient]))
-    epsilon = max(products.roundoff(), machine_epsilon(v))
-    size = float(norm(v))
+    slope, size = lengths([part.detach() for part in products.gradient], v)
     # Inner products of a tiny or huge cotangent leave the range of float32; a power of two rescales without rounding.
     unit = 2.0 ** max(-100, min(100, math.frexp(size)[1])) if math.isfinite(size) else 1.0
     v = scale(1 / unit, v)
-    first: _First | None = None
-    solved, new = False, state
-    if size == 0.0 or not math.isfinite(size):
-        # The outer loss is flat in the inner parameters; or a NaN, which every solver's start at zero would swallow.
-        status, message = (Status.CONVERGED, "") if size == 0.0 else (Status.DIVERGED, "∂F/∂w is not finite")
-        solution, kept = (
-            Solution(v, status, 0, message),
-            {k: part for k, part in state.items() if k not in SOLUTIONS},
-        )
-    else:
-        start = _start(known, variables, unit) if known else None
-        given = System(
-            damped(system, damping),
-            v,
-            epsilon,
-            variables,
-            start,
-            diagonal,
-            state,
-            products.transposed,
-            system.compiled(damping),
-        )
-        if start is not None and estimator.tolerance() > 0.0:
-            first = _First(system, products, start, v, damping)
-        solved = first is not None and first.residual <= estimator.tolerance()
-        if start is not None and solved:
-            solution, new = Solution(start, Status.CONVERGED, 1), state
-        else:
-            solution, new = estimator.solve(given)
+    system, damping = _Counted(lambda q: promote(products.hessian(q)), products), estimator.regularisation()
+    epsilon = max(products.roundoff(), machine_epsilon(v))
+    given = System(
+        damped(system, damping),
+        v,
+        epsilon,
+        variables,
+        _start(known, variables, unit) if known else None,
+        diagonal,
+        state,
+        products.transposed,
+        system.compiled(damping),
+    )
+    solution, new, both = _solve(estimator, products, system, given, size)
     kept = {key: part for key, part in new.items() if key not in SOLUTIONS}
     # In the outer loss's own units: its Lipschitz constants are not rescaled.
     bound, extra = _certify(estimator, products, slope, scale(unit, solution.q), scale(unit, v))
-    if first is not None and solved:
-        image, mixed = first.image, first.mixed
-    else:
-        image, mixed = products.hessian_and_mixed(solution.q)
-    image = axpy(damping, solution.q, promote(image))
-    residual = float(norm(subtract(image, v))) / float(norm(v)) if size != 0.0 else 0.0
+    image, mixed = products.hessian_and_mixed(solution.q) if both is None else both
+    residual = _relative_residual(axpy(damping, solution.q, promote(image)), v) if size != 0.0 else 0.0
     mixed = scale(unit, mixed)
     status, message = _verdict(estimator, products, solution, residual, epsilon)
     damping_note = f"the residual is that of the system damped by {damping:g}" if damping > 0.0 else ""
@@ -316,7 +294,7 @@ def solve_adjoint(
         status=status,
         residual=residual,
         iterations=solution.iterations,
-        products=system.count + extra + (not solved),
+        products=system.count + extra + (both is None),
         error_bound=bound.value,
         error_bound_basis=bound.basis,
         inner_gradient_norm=slope,
@@ -326,17 +304,40 @@ def solve_adjoint(
     return Pullback(negative(mixed), info, kept)
 
 
-class _First:
-    """Both products of a start: it may be the solution already, and the answer is then there at the price of a look.
+def _solve(
+    estimator: Implicit, products: Products, system: _Counted, given: System, size: float
+) -> tuple[Solution, State, tuple[Tensors, Tensors] | None]:
+    """Returns the solution, what the method keeps, and both products of the solution where they were taken.
 
-    The product with H is what every solver would begin with; it is kept for that.
+    A start may be the solution already: both of its products then cost one pass, and are the answer. If it is not, the
+    product with H is what every solver would begin with, and is kept for that.
+
+    Args:
+        estimator: The method.
+        products: Those at the inner parameters.
+        system: The undamped product, counted.
+        given: The system.
+        size: The norm of the cotangent.
     """
+    if size == 0.0:  # the outer loss is flat in the inner parameters
+        return Solution(given.v, Status.CONVERGED, 0), given.state, None
+    if not math.isfinite(size):  # every solver's start at zero would swallow a NaN
+        return Solution(given.v, Status.DIVERGED, 0, "∂F/∂w is not finite"), given.state, None
+    start = given.start
+    if start is not None and estimator.tolerance() > 0.0:
+        both = products.hessian_and_mixed(start, last=False)
+        image = promote(both[0])
+        system.know(start, image)
+        damping = estimator.regularisation()
+        if _relative_residual(axpy(damping, start, image), given.v) <= estimator.tolerance():
+            return Solution(start, Status.CONVERGED, 1), given.state, both
+    return (*estimator.solve(given), None)
 
-    def __init__(self, system: _Counted, products: Products, start: Tensors, v: Tensors, damping: float) -> None:
-        self.image, self.mixed = products.hessian_and_mixed(start, last=False)
-        system.know(start, promote(self.image))
-        image = axpy(damping, start, promote(self.image))
-        self.residual = float(norm(subtract(image, v))) / float(norm(v))
+
+def _relative_residual(image: Tensors, v: Tensors) -> float:
+    """Returns ``‖H q − v‖ / ‖v‖``."""
+    residual, size = lengths(subtract(image, v), v)
+    return residual / size
 
 
 class _Counted:

@@ -87,11 +87,12 @@ def neumann(
                 break
             continue
         product = operator(summand)
-        if symmetric:
-            probe.look(summand, product)
         scaled = product if preconditioner is None else preconditioner(product)
+        size = _length(scaled, product, preconditioner)
+        if symmetric:
+            probe.look(summand, product, *((norms[-1], size) if preconditioner is None else ()))
         squared = norms[-1].square().clamp_min(1e-300)
-        sizes.append(_length(scaled, product, preconditioner) / squared.sqrt())
+        sizes.append(size / squared.sqrt())
         curvatures.append(dot(summand, product) / squared)
         residual = residual if preconditioner is None else axpy(-step_size, product, residual)
         summand = axpy(-step_size, scaled, summand)

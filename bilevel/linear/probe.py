@@ -51,11 +51,10 @@ class Probe:
             self._asymmetry = max(self._asymmetry, abs(crossed[0]) / both)
         self._before = direction, product, length
 
-    def look(self, direction: Tensors, product: Tensors) -> None:
-        """Takes a direction and its product in."""
-        length, size, *crossed = torch.stack(
-            [norm(direction), norm(product), *self.crossed(direction, product)]
-        ).tolist()
+    def look(self, direction: Tensors, product: Tensors, *norms: Tensor) -> None:
+        """Takes a direction and its product in, of which both norms may be known."""
+        numbers = [*(norms or (norm(direction), norm(product))), *self.crossed(direction, product)]
+        length, size, *crossed = torch.stack(numbers).tolist()
         if length > 0.0:
             self.record(direction, product, length, size, crossed)
 
