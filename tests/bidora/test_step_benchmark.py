@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bidora_step
+from benchmarks import bidora_rows
 
 
 @pytest.fixture(scope="module")
-def setting() -> bidora_step.Setting:
-    return bidora_step.Setting("minilm", 4, 2, 8, "cpu", 1e-3, 1e-5)
+def setting() -> bidora_rows.Setting:
+    return bidora_rows.Setting("minilm", 4, 2, 8, "cpu", 1e-3, 1e-5)
 
 
-@pytest.mark.parametrize("method", [bidora_step.CENTRAL, bidora_step.FORWARD, bidora_step.EXACT, bidora_step.SHARED])
+@pytest.mark.parametrize("method", [bidora_rows.CENTRAL, bidora_rows.FORWARD, bidora_rows.EXACT, bidora_rows.SHARED])
 def test_the_loop_by_hand_takes_the_engines_step(setting, method):
     def after(runs: str) -> list[torch.Tensor]:
         model = setting.model("exact")
-        bidora_step.attention(model, "eager")
-        step = bidora_step.runner(setting, bidora_step.Row("", method, runs), {"exact": model})
+        bidora_rows.attention(model, "eager")
+        step = bidora_rows.runner(setting, bidora_rows.Row("", method, runs), {"exact": model})
         step()
-        inner, outer = bidora_step.split_parameters(model)
+        inner, outer = bidora_rows.split_parameters(model)
         return [p.detach().clone() for p in inner + outer]
 
     engine, hand = after("engine"), after("hand")
