@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from benchmarks.options import add_append, add_clock, add_results, carry_out, earlier, keep, named, new_parser
+from benchmarks.peers.report import processor
 from bilevel import ConjugateGradient, Engine, EngineConfig, Unrolled
 from bilevel.problems import Adaptation, MetaLearner, TaskBatch
 from bilevel.problems.few_shot.budget import measured_peak
@@ -337,7 +338,7 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns where and how it was measured."""
     device = torch.device(arguments.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} core"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
     clock = "processor time" if arguments.cpu_time else "wall time"
     return {

@@ -20,7 +20,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from torch.func import functional_call
 from benchmarks.options import add_clock, add_results, carry_out, keep, named, new_parser
 from benchmarks.peers.memory import keep_memory
 from benchmarks.peers.report import as_told, processor
+from benchmarks.peers.sides.hand.implicit import conjugate_gradient
 from bilevel import (
     ConjugateGradient,
     Engine,
@@ -212,7 +213,7 @@ class Loop:
         return (torch.sigmoid(self.task.logits["logits"]) * per_example).mean()
 
     def grad(
-        self, value: Any, inputs: list[Tensor], cotangent: list[Tensor] | None = None, **how: bool
+        self, value: Any, inputs: list[Tensor], cotangent: Sequence[Tensor] | None = None, **how: bool
     ) -> list[Tensor]:
         self.passes[1] += 1
         return list(torch.autograd.grad(value, inputs, cotangent, **how))
@@ -251,7 +252,7 @@ class Loop:
             total = [a + b for a, b in zip(total, pulled, strict=True)]
         return total
 
-    def hessian(self, g: list[Tensor], q: list[Tensor]) -> list[Tensor]:
+    def hessian(self, g: list[Tensor], q: Sequence[Tensor]) -> list[Tensor]:
         return self.grad(g, self.w, q, retain_graph=True)
 
     def neumann(self, method: Neumann, g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
@@ -264,18 +265,10 @@ class Loop:
         return [alpha * part for part in total]
 
     def conjugate_gradient(self, method: ConjugateGradient, g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
-        damping = method.damping
-        q, r, p = [torch.zeros_like(part) for part in v], v, v
-        rr = inner_product(r, r)
-        for _ in range(method.max_iterations):
-            image = [h + damping * part for h, part in zip(self.hessian(g, p), p, strict=True)]
-            alpha = rr / inner_product(p, image)
-            q = [a + alpha * b for a, b in zip(q, p, strict=True)]
-            r = [a - alpha * b for a, b in zip(r, image, strict=True)]
-            new = inner_product(r, r)
-            p = [a + new / rr * b for a, b in zip(r, p, strict=True)]
-            rr = new
-        return q
+        def product(p: Sequence[Tensor], _: int) -> list[Tensor]:
+            return [h + method.damping * part for h, part in zip(self.hessian(g, p), p, strict=True)]
+
+        return conjugate_gradient(product, v, method.max_iterations, inner_product)
 
     def differences(self, v: list[Tensor]) -> list[Tensor]:
         epsilon = torch.finfo(torch.float32).eps ** (1 / 3) * math.sqrt(1 + inner_product(self.w, self.w) ** 0.5)
@@ -294,7 +287,7 @@ class Loop:
                 part.copy_(value)
 
 
-def inner_product(a: list[Tensor], b: list[Tensor]) -> float:
+def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return float(sum((x.detach() * y.detach()).sum() for x, y in zip(a, b, strict=True)))
 
 

@@ -117,9 +117,9 @@ def candidates() -> Iterator[dict[str, Any]]:
     for name, cls in available_methods().items():
         yield {"method": name}
         for field, default in cls.defaults().items():
-            values: tuple[Any, ...] = (
-                (not default,) if isinstance(default, bool) and field != "compile" else ()
-            )  # a way to compute
+            values: tuple[Any, ...] = ()
+            if isinstance(default, bool) and field != "compile":  # the same state, computed in another way
+                values = (not default,)
             if field == "preconditioner":
                 values = ("optimizer", "nystrom")
             for value in values:

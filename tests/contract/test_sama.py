@@ -48,10 +48,8 @@ class TestSAMA(EstimatorContract):
             )
 
         epsilons = st.just("auto") | logarithmic(1e-4, 1.0)
-        ways, optimizers = (
-            st.sampled_from([way for way in PASSES if way[1] != "graph"]),
-            st.sampled_from(list(CONSTANT)),
-        )
+        ways = st.sampled_from([way for way in PASSES if way[1] != "graph"])
+        optimizers = st.sampled_from(list(CONSTANT))
         return st.builds(build, st.floats(0.05, 1.95), ways, epsilons, optimizers)
 
     def stays(self, estimator: Estimator) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,9 +72,16 @@ class Loop(Side):
         put([*self.w, *self.lam], [*inner, *outer])
 
 
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return sum((x.detach() * y.detach()).sum() for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
 def conjugate_gradient(
-    product: Callable[[Sequence[Tensor], int], Sequence[Tensor]], v: Sequence[Tensor], products: int
-) -> Sequence[Tensor]:
+    product: Callable[[Sequence[Tensor], int], Sequence[Tensor]],
+    v: Sequence[Tensor],
+    products: int,
+    dot: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = dot,
+) -> list[Tensor]:
     """Returns q of ``A q ≈ v`` after a number of iterations from zero; ``product(p, iteration)`` is ``A p``."""
     q, r, p = [torch.zeros_like(part) for part in v], list(v), list(v)
     rr = dot(r, r)
@@ -86,10 +94,6 @@ def conjugate_gradient(
         p = [a + new / rr * b for a, b in zip(r, p, strict=True)]
         rr = new
     return q
-
-
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return sum((x.detach() * y.detach()).sum() for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 @torch.no_grad()
