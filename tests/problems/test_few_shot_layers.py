@@ -247,32 +247,35 @@ def outputs_of(made: nn.Module, names: Iterable[str], vectorized: bool) -> Funct
     return lambda x, *given: stacked_outputs(made, dict(zip(names, given, strict=True)), x, vectorized=vectorized)
 
 
-@pytest.mark.parametrize("own", ["all", "biases", "first", "none"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_have_the_derivatives_of_each_task(name: str, own: str) -> None:
+OWN: dict[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "biases": lambda name: name.endswith("bias"),
+    "first": lambda name: name.startswith(("0.", "first.")),
+    "none": lambda name: False,
+}
+
+
+def distance_to_each_task(name: str, own: str) -> float:
+    """Returns that of a network's outputs and derivatives, whose parameters with names in ``OWN[own]`` differ."""
     torch.manual_seed(0)
     made = NETWORKS[name]()
-    chosen: Callable[[str], bool] = {
-        "all": lambda name: True,
-        "biases": lambda name: name.endswith("bias"),
-        "first": lambda name: name.startswith(("0.", "first.")),
-        "none": lambda name: False,
-    }[own]
-    values, x = stacked(made, 3, chosen), random(3, 5, 2, 8, 8)
-
+    values, x = stacked(made, 3, OWN[own]), random(3, 5, 2, 8, 8)
     inputs = [x, *values.values()]
-    found, expected = (
-        derivatives(outputs_of(made, values, vectorized), inputs, orders=2) for vectorized in (True, False)
-    )
-    assert error(found, expected) < 1e-12
+    return error(*(derivatives(outputs_of(made, values, way), inputs, orders=2) for way in (True, False)))
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_the_public_way_gives_the_same(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_have_the_derivatives_of_each_task(name: str, own: str) -> None:
+    assert distance_to_each_task(name, own) < 1e-12
+
+
+@pytest.mark.parametrize("own", ["all", "none"])
+def test_the_public_way_gives_the_same(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bilevel.problems.few_shot.batching.HAS_STACKS", False)
     torch.manual_seed(0)
     made = blocks()
-    values, x = stacked(made, 3, lambda name: own), random(3, 5, 2, 8, 8)
+    values, x = stacked(made, 3, OWN[own]), random(3, 5, 2, 8, 8)
     inputs = [x, *values.values()]
     public = derivatives(outputs_of(made, values, vectorized=True), inputs, orders=2)
     monkeypatch.undo()
@@ -291,34 +294,22 @@ def test_what_is_for_cuda_has_the_derivatives_of_each_task(
     monkeypatch.setattr(
         "bilevel.problems.few_shot.batching.convolved", lambda *given: (used.append(1), convolved(*given))[1]
     )
-    torch.manual_seed(0)
-    made = NETWORKS[name]()
-    chosen: Callable[[str], bool] = {
-        "all": lambda name: True,
-        "biases": lambda name: name.endswith("bias"),
-        "none": lambda name: False,
-    }[own]
-    values, x = stacked(made, 3, chosen), random(3, 5, 2, 8, 8)
-    inputs = [x, *values.values()]
-    found, expected = (
-        derivatives(outputs_of(made, values, vectorized), inputs, orders=2) for vectorized in (True, False)
-    )
-    assert error(found, expected) < 1e-12
+    assert distance_to_each_task(name, own) < 1e-12
     assert bool(used) == (own == "all" and name != "residual")  # whose kernels are in groups, or padded by a name
 
 
 def test_groups_are_normalised_in_half_precision_too() -> None:
     made = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4))
     made[0].register_forward_hook(lambda module, given, found: found.bfloat16())
-    values, x = stacked(made, 3, lambda name: True, torch.float32), random(3, 5, 2, 8, 8, dtype=torch.float32)
+    values, x = stacked(made, 3, OWN["all"], torch.float32), random(3, 5, 2, 8, 8, dtype=torch.float32)
     found, expected = (outputs_of(made, values, vectorized)(x, *values.values()) for vectorized in (True, False))
     assert torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_no_images_have_no_outputs() -> None:
     made = nn.Sequential(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2))
-    for own in (True, False):
-        values = stacked(made, 3, lambda name, own=own: own)
+    for own in ("all", "none"):
+        values = stacked(made, 3, OWN[own])
         assert stacked_outputs(made, values, random(3, 0, 2, 8, 8)).shape == (3, 0, 3, 3, 3)
 
 
@@ -333,7 +324,7 @@ def test_a_view_that_does_not_fit_is_torchs_error() -> None:
             return found.view(7, 11)
 
     with pytest.raises(RuntimeError, match="invalid for input"):
-        stacked_outputs(Wrong(), stacked(Wrong(), 3, lambda name: True), random(3, 5, 2, 8, 8))
+        stacked_outputs(Wrong(), stacked(Wrong(), 3, OWN["all"]), random(3, 5, 2, 8, 8))
 
 
 def digits(images: int) -> Tensor:
@@ -360,7 +351,7 @@ def test_gradients_in_single_precision_are_as_good_as_those_of_each_task() -> No
     for vectorized in (True, False):
         found = []
         for dtype in (torch.float32, DOUBLE):
-            values = stacked(made, 2, lambda name: True, torch.float32)
+            values = stacked(made, 2, OWN["all"], torch.float32)
             values = {name: value.detach().to(dtype).requires_grad_() for name, value in values.items()}
 
             outputs = outputs_of(made.to(dtype), values, vectorized)
@@ -388,7 +379,7 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_nothing_is_copied_between_layers() -> None:
     torch.manual_seed(0)
     made = blocks(given=1, channels=8)
-    values, x = stacked(made, 4, lambda name: True, torch.float32), torch.randn(4, 10, 1, 8, 8)
+    values, x = stacked(made, 4, OWN["all"], torch.float32), torch.randn(4, 10, 1, 8, 8)
     with Copies(x.numel() + 1) as copies:  # all that two convolutions, norms and poolings compute is larger
         outputs = stacked_outputs(made, values, x)
         grads = torch.autograd.grad(outputs.square().sum(), list(values.values()), create_graph=True)
