@@ -102,13 +102,18 @@ class TorchReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has tensors pass for those of a device."""
+    for module in ("vector", "step"):
+        monkeypatch.setattr(f"bilevel.{module}.on_host", lambda part: False)
+
+
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     """What happens, where tensors pass for those of a device."""
     found: Events = []
     transfer, grad = Tensor.tolist, torch.autograd.grad
-    monkeypatch.setattr("bilevel.vector.on_host", lambda part: False)
-    monkeypatch.setattr("bilevel.step.on_host", lambda part: False)
+    far_away(monkeypatch)
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: (found.append("read"), transfer(tensor))[1])
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (found.append("backward"), grad(*a, **k))[1])
     monkeypatch.setattr(Noted, "note", staticmethod(found.append))
@@ -182,9 +187,10 @@ def test_an_update_waits_where_it_could_not_be_undone_or_somebody_would_see_it(
     which: str, made: Any, events: Events, reads_of_checks: None
 ) -> None:
     found = happens(engine_of(**made), events)
-    for name in ("classifier", "weights"):
-        before = found[found.index(f"{name} update") - 1]
-        assert (before == "read") == (which in (name, "both") or name == "weights"), found
+    for name, reads in (("classifier", 0), ("weights", 1)):  # which has read how the product went
+        before = found[: found.index(f"{name} update")]
+        since = before[::-1].index("backward")
+        assert (since > reads) == (which in (name, "both")), found
 
 
 @pytest.mark.parametrize("inner", OPTIMIZERS)
@@ -196,8 +202,7 @@ def test_numbers_are_those_that_are_read_at_once(method: Any, inner: Any, monkey
         return [(r.losses, r.metrics, r.gradient_norms) for r in results], values(engine)
 
     expected, ends = run()
-    monkeypatch.setattr("bilevel.vector.on_host", lambda part: False)
-    monkeypatch.setattr("bilevel.step.on_host", lambda part: False)
+    far_away(monkeypatch)
     found, others = run()
     for one, other in zip(expected, found, strict=True):
         for left, right in zip(one, other, strict=True):
@@ -224,21 +229,17 @@ def test_what_is_not_finite_is_named_where_it_came_first_and_no_pass_sees_it(
     name: str, spoil: Spoil, what: str, method: Any, inner: Any, far: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if far:
-        monkeypatch.setattr("bilevel.vector.on_host", lambda part: False)
-        monkeypatch.setattr("bilevel.step.on_host", lambda part: False)
+        far_away(monkeypatch)
     engine = engine_of(method, inner, on_solve_failure="raise")
     engine.step()
     before = values(engine)
     states = [str(problem.optimizer.state_dict()) for problem in engine.problems.values() if problem.optimizer]
-    type(engine.problems[name]).spoil = staticmethod(spoil)  # type: ignore[assignment]
-    try:
-        # A gradient of the outer loss that is not finite is the direction of a product first.
-        in_product = (name, what) == ("weights", "gradient's norm")
-        text = "problem 'classifier', step 2: .*diverged" if in_product else f"step 2: the {what} of problem '{name}'"
-        with pytest.raises(SolveError if in_product else NonFiniteError, match=text):
-            engine.step()
-    finally:
-        type(engine.problems[name]).spoil = None
+    engine.problems[name].spoil = spoil
+    # A gradient of the outer loss that is not finite is the direction of a product first.
+    in_product = (name, what) == ("weights", "gradient's norm")
+    text = "problem 'classifier', step 2: .*diverged" if in_product else f"step 2: the {what} of problem '{name}'"
+    with pytest.raises(SolveError if in_product else NonFiniteError, match=text):
+        engine.step()
     assert all(map(torch.equal, values(engine), before)), "the step is not undone"
     after = [str(problem.optimizer.state_dict()) for problem in engine.problems.values() if problem.optimizer]
     assert after == states
@@ -247,8 +248,7 @@ def test_what_is_not_finite_is_named_where_it_came_first_and_no_pass_sees_it(
 def test_what_an_optimiser_says_of_a_gradient_that_is_not_finite_is_not_the_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bilevel.vector.on_host", lambda part: False)
-    monkeypatch.setattr("bilevel.step.on_host", lambda part: False)
+    far_away(monkeypatch)
     engine = engine_of()
     optimizer = engine.problems["classifier"].optimizer
     assert optimizer is not None
@@ -259,7 +259,7 @@ def test_what_an_optimiser_says_of_a_gradient_that_is_not_finite_is_not_the_mess
     optimizer.step = step  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="a decomposition failed"):
         engine.step()
-    monkeypatch.setattr(Classifier, "spoil", staticmethod(spoilt_gradient))
+    engine.problems["classifier"].spoil = spoilt_gradient
     with pytest.raises(NonFiniteError, match="the gradient's norm of problem 'classifier' is nan"):
         engine.step()
 
@@ -279,11 +279,11 @@ def test_the_optimiser_s_diagonal_is_taken_only_where_it_is_read(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_hypergradient_of_a_loss_that_is_not_finite_is_refused(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hypergradient_of_a_loss_that_is_not_finite_is_refused(method: Any) -> None:
     # An infinite constant leaves every derivative finite.
     engine = engine_of(method)
     engine.step()
-    monkeypatch.setattr(Weights, "spoil", staticmethod(lambda loss, network: loss + math.inf))
+    engine.problems["weights"].spoil = lambda loss, network: loss + math.inf
     with pytest.raises(NonFiniteError, match="the loss of problem 'weights' is inf"):
         engine.hypergradient()
     with pytest.raises(NonFiniteError, match="step 2: the loss of problem 'weights' is inf"):

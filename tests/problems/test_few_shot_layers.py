@@ -272,15 +272,20 @@ def test_networks_have_the_derivatives_of_each_task(name: str, own: str) -> None
 
 @pytest.mark.parametrize("own", ["all", "none"])
 def test_the_public_way_gives_the_same(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bilevel.problems.few_shot.batching.HAS_STACKS", False)
     torch.manual_seed(0)
     made = blocks()
     values, x = stacked(made, 3, OWN[own]), random(3, 5, 2, 8, 8)
     inputs = [x, *values.values()]
-    public = derivatives(outputs_of(made, values, vectorized=True), inputs, orders=2)
-    monkeypatch.undo()
     stacks = derivatives(outputs_of(made, values, vectorized=True), inputs, orders=2)
+    monkeypatch.setattr("bilevel.problems.few_shot.batching.HAS_STACKS", False)
+    monkeypatch.delattr("bilevel.problems.few_shot.batching.retrieve_current_functorch_interpreter")
+    public = derivatives(outputs_of(made, values, vectorized=True), inputs, orders=2)
     assert all(torch.equal(a, b) for a, b in zip(public, stacks, strict=True))
+
+
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bilevel.problems.few_shot.batching._channels_last", lambda *tensors: False)
+    monkeypatch.setattr("bilevel.problems.few_shot.batching._by_matrices", lambda images: True)
 
 
 @pytest.mark.parametrize("own", ["all", "biases", "none"])
@@ -288,8 +293,7 @@ def test_the_public_way_gives_the_same(own: str, monkeypatch: pytest.MonkeyPatch
 def test_what_is_for_cuda_has_the_derivatives_of_each_task(
     name: str, own: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bilevel.problems.few_shot.batching._channels_last", lambda *tensors: False)
-    monkeypatch.setattr("bilevel.problems.few_shot.batching._by_matrices", lambda images: True)
+    as_on_cuda(monkeypatch)
     used: list[int] = []
     monkeypatch.setattr(
         "bilevel.problems.few_shot.batching.convolved", lambda *given: (used.append(1), convolved(*given))[1]
@@ -390,7 +394,7 @@ def test_nothing_is_copied_between_layers() -> None:
 # What goes torch's own way
 
 
-@pytest.mark.parametrize("kind", ["half precision", "autocast", "single images", "text"])
+@pytest.mark.parametrize("kind", ["half precision", "autocast", "single images", "single images as on CUDA", "text"])
 def test_what_is_not_covered_goes_torchs_own_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*arguments: Any) -> Tensor:
         raise AssertionError("not covered")
@@ -399,14 +403,16 @@ def test_what_is_not_covered_goes_torchs_own_way(kind: str, monkeypatch: pytest.
     made: nn.Module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2))
     dtype = torch.bfloat16 if kind == "half precision" else torch.float32
     x = torch.randn(3, 2, 2, 6, 6, dtype=dtype)
-    if kind == "single images":
+    if kind.startswith("single images"):
         x = x[:, 0]
     elif kind == "text":
         made = nn.Conv2d(2, 4, 3, padding="same")
     made = made.to(dtype)
     values = {name: part.detach().expand(3, *part.shape) for name, part in made.named_parameters()}
     expected = stacked_outputs(made, values, x, vectorized=False)
-    for name in ("convolution", "pooling"):
+    if kind.endswith("CUDA"):
+        as_on_cuda(monkeypatch)
+    for name in ("convolution", "pooling", "convolved"):
         monkeypatch.setattr(f"bilevel.problems.few_shot.batching.{name}", refused)
     with torch.autocast("cpu", enabled=kind == "autocast"):
         found = stacked_outputs(made, values, x)
