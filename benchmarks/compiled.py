@@ -66,7 +66,7 @@ class Row:
     failed: str = ""
 
 
-def options(method: Method, **more: Any) -> Method:
+def with_fields(method: Method, **more: Any) -> Method:
     """Returns the method with fields that only this library has."""
     fields: dict[str, Any] = {"max_iterations": method.products, "rtol": 0.0}
     if method.kind == "neumann":
@@ -88,8 +88,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         for label, method in METHODS.items():
             own = module.reference(arrays, arguments.size, method).own
             sides = {
-                BASE: ("bilevel", options(method)),
-                "engine, compiled": ("bilevel", options(method, compile=True)),
+                BASE: ("bilevel", with_fields(method)),
+                "engine, compiled": ("bilevel", with_fields(method, compile=True)),
                 "by hand": ("hand", method),
                 "JAXopt, compiled": ("jaxopt", method),
             }

@@ -19,8 +19,6 @@ import argparse
 import gc
 import importlib.util
 import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +30,7 @@ from torch.func import functional_call, vmap
 
 from benchmarks.options import add_append, add_clock, add_results, carry_out, earlier, keep, named, new_parser
 from benchmarks.peers.report import processor
+from benchmarks.peers.timing import median, ratio, rotated, timed
 from bilevel import ConjugateGradient, Engine, EngineConfig, Unrolled
 from bilevel.problems import Adaptation, MetaLearner, TaskBatch
 from bilevel.problems.few_shot.budget import measured_peak
@@ -177,15 +176,17 @@ class Vmap(Side):
 class Higher(Side):
     """Task after task, by higher."""
 
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.inner = torch.optim.SGD(self.network.parameters(), lr=case.rate)
+
     def gradient(self) -> Sequence[Tensor]:
         import higher
 
         case = self.case
-        for parameter in self.network.parameters():
-            parameter.grad = None
+        self.network.zero_grad()
         for sx, sy, qx, qy in zip(*self.batch, strict=True):
-            sgd = torch.optim.SGD(self.network.parameters(), lr=case.rate)
-            with higher.innerloop_ctx(self.network, sgd, copy_initial_weights=False) as (fast, optimizer):
+            with higher.innerloop_ctx(self.network, self.inner, copy_initial_weights=False) as (fast, optimizer):
                 for _ in range(case.steps):
                     optimizer.step(case.criterion(fast(sx), sy))
                 (case.criterion(fast(qx), qy) / case.tasks).backward()
@@ -280,7 +281,6 @@ class Row:
 
 def measure(case: Case, rounds: int, *, cpu_time: bool, every: bool) -> list[Row]:
     """Measures all sides of a case, in turns."""
-    clock = time.process_time if cpu_time else time.perf_counter
     wait = (lambda: torch.cuda.synchronize(case.device)) if case.device.type == "cuda" else (lambda: None)
     reference = [grad.double() for grad in Loop(case, torch.float64).gradient()]
     made = {name: make() for name, make in sides(case, every=every).items()}
@@ -291,13 +291,9 @@ def measure(case: Case, rounds: int, *, cpu_time: bool, every: bool) -> list[Row
         side.put_back()
         side.step()
         side.put_back()
-    for turn in range(rounds):
-        for name in [*made][turn % len(made) :] + [*made][: turn % len(made)]:
-            wait()
-            started = clock()
-            made[name].step()
-            wait()
-            times[name].append(clock() - started)
+    for order in rotated([*made], rounds):
+        for name in order:
+            times[name].append(timed(made[name].step, wait, 1, cpu_time=cpu_time))
             made[name].put_back()
     rows = []
     for name, side in made.items():
@@ -305,8 +301,8 @@ def measure(case: Case, rounds: int, *, cpu_time: bool, every: bool) -> list[Row
         with measured_peak(case.device) as memory:
             side.step()
         side.put_back()
-        factor = statistics.median(a / b for a, b in zip(times["loop by hand"], times[name], strict=True))
-        rows.append(Row(name + side.note(), statistics.median(times[name]), factor, memory.peak, errors[name]))
+        factor = ratio(times, "loop by hand", name).median
+        rows.append(Row(name + side.note(), median(times[name]), factor, memory.peak, errors[name]))
     return rows
 
 

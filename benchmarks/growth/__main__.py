@@ -34,7 +34,6 @@ from benchmarks.peers.report import about, complain
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = {"small": 0.5, "full": 8.0, "cuda": 2.0}  # the longest step that a line goes on from, by Run.key
-BORROWED = {"vmap": "hand"}  # libraries that need no environment of their own
 
 
 @dataclass(frozen=True)
@@ -98,14 +97,13 @@ def interpreters(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str
     """Returns the interpreter of each library, and why there is none for the others."""
     pythons, absent = {}, {}
     for library in options.libraries:
-        known = library if library in LIBRARIES else BORROWED[library]
         if options.here:  # one process for all of them: what does not import fails there, with its reason
-            if importlib.util.find_spec(LIBRARIES[known].module) is None:
+            if importlib.util.find_spec(LIBRARIES[library].module) is None:
                 absent[library] = "not importable"
             else:
                 pythons[library] = Path(sys.executable)
             continue
-        python, why = find(known, options.environments, here=False, make=options.create)
+        python, why = find(library, options.environments, here=False, make=options.create)
         if python is None:
             absent[library] = why
             complain(f"{library}: {why}")

@@ -15,7 +15,7 @@ from benchmarks.peers.report import conditions, plain, scientific, versions_of
 
 __all__ = ["Fit", "draw", "fit", "lines_of", "name_on_page", "shown"]
 
-NAMES = {"vmap": "by hand, vmap", **{key: library.name for key, library in LIBRARIES.items()}}
+NAMES = {key: library.name for key, library in LIBRARIES.items()}
 COLOURS = {
     "bilevel": "#2f7ed8",
     "betty": "#d8432f",

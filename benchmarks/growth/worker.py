@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.growth.axes import AXES, Axis, Line, Run
 from benchmarks.peers.environments import LIBRARIES
-from benchmarks.peers.memory import peak_bytes
+from benchmarks.peers.memory import keep_memory, peak_bytes
 from benchmarks.peers.side import NotOffered, Side
 from benchmarks.peers.timing import timed
 from benchmarks.peers.verdict import error, reason
@@ -38,6 +38,7 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.dup2(2, 1)  # libraries print
     warnings.simplefilter("ignore")
+    keep_memory()
     torch.set_num_threads(spec["threads"])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     axis, run = AXES[spec["axis"]], Run(spec["size"], spec["device"])
@@ -57,7 +58,7 @@ def main() -> None:
 
 def versions(library: str) -> dict[str, str]:
     found = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
-    for name in LIBRARIES[library].distributions if library in LIBRARIES else ():
+    for name in LIBRARIES[library].distributions:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.peers.side import Method, NotOffered
-from benchmarks.peers.sides.boat.problem import Unlogged
+from benchmarks.peers.sides.boat.problem import ProblemSide
 from benchmarks.peers.workloads.few_shot import FewShot, Tasks
 
 
@@ -21,9 +21,7 @@ def outer_loss(feed: dict[str, Any], upper: nn.Module, lower: nn.Module, **more:
     return problem.query_loss(lower, feed["number"]) / problem.count
 
 
-class Library(Unlogged):
-    note = "evaluates both losses of one task once more a step, for its log"
-
+class Library(ProblemSide):
     def __init__(self, problem: FewShot) -> None:
         network = problem.copy()
         self.start(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +35,6 @@ class Library(ProblemSide):
         self.lower, self.upper = (
             nn.ParameterList([part.clone() for part in parts]) for parts in (task.inner, task.outer)
         )
-        self.folder = tempfile.TemporaryDirectory()
-        self.note = "it evaluates both losses once more and rewrites its log file in every step"
         self.start(
             __name__,
             {"task": task},
@@ -49,7 +45,6 @@ class Library(ProblemSide):
             device=task.inner[0].device,
             na_op=[names[method.kind]],
             fo_ol_batch_input=False,
-            loss_log_path=os.path.join(self.folder.name, "losses.json"),
             CG={"k": method.products, "tolerance": 0.0},
             FD={"r": DIFFERENCE},
             GDA={"alpha_init": 0.0, "alpha_decay": 0.5},

@@ -28,7 +28,13 @@ SETTINGS: dict[str, Any] = {
 
 
 class ProblemSide(KeepingSide):
-    """Naive gradient descent (``NGD``) inside, and an operation for the hypergradient."""
+    """Naive gradient descent (``NGD``) inside, and an operation for the hypergradient.
+
+    BOAT evaluates both losses for a log, of which every step writes all anew; it is dropped, for a step would cost the
+    more, the more there were before it (10 µs for each).
+    """
+
+    note = "it evaluates both losses once more a step, for its log"
 
     def start(
         self,
@@ -77,11 +83,5 @@ class ProblemSide(KeepingSide):
     def step(self) -> None:
         self.problem.run_iter(self.feed, self.feed, self.count)
         self.count += 1
-
-
-class Unlogged(ProblemSide):
-    """Drops what BOAT keeps for its log."""
-
-    def step(self) -> None:
-        super().step()
         self.problem._log_results.clear()
+        self.problem.loss_history.clear()

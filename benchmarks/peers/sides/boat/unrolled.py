@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.peers.side import Method
-from benchmarks.peers.sides.boat.problem import Unlogged
+from benchmarks.peers.sides.boat.problem import ProblemSide
 from benchmarks.peers.workloads.unrolled import Tasks, Unrolling
 
 
@@ -19,8 +19,8 @@ def outer_loss(feed: dict[str, Unrolling], upper: nn.Module, lower: nn.Module, *
     return feed["case"].outer_loss(lower)
 
 
-class Library(Unlogged):
-    note = "keeps the graphs of all steps; evaluates both losses once more a step, for its log"
+class Library(ProblemSide):
+    note = f"keeps the graphs of all steps; {ProblemSide.note}"
 
     def __init__(self, case: Unrolling, steps: int) -> None:
         model, decay = case.copy(), nn.ParameterList([case.decay.clone()])

@@ -83,16 +83,16 @@ def conjugate_gradient(
     dot: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = dot,
 ) -> list[Tensor]:
     """Returns q of ``A q ≈ v`` after a number of iterations from zero; ``product(p, iteration)`` is ``A p``."""
-    q, r, p = [torch.zeros_like(part) for part in v], list(v), list(v)
-    rr = dot(r, r)
+    r = p = list(v)
+    q, rr = [torch.zeros_like(part) for part in v], dot(r, r)
     for iteration in range(products):
         image = product(p, iteration)
         alpha = rr / dot(p, image)
-        q = [a + alpha * b for a, b in zip(q, p, strict=True)]
-        r = [a - alpha * b for a, b in zip(r, image, strict=True)]
-        new = dot(r, r)
-        p = [a + new / rr * b for a, b in zip(r, p, strict=True)]
-        rr = new
+        torch._foreach_add_(q, torch._foreach_mul(p, alpha))
+        if iteration + 1 < products:
+            r = torch._foreach_sub(r, torch._foreach_mul(list(image), alpha))
+            new = dot(r, r)
+            p, rr = torch._foreach_add(r, torch._foreach_mul(p, new / rr)), new
     return q
 
 
