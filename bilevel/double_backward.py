@@ -21,6 +21,7 @@ __all__ = [
     "made_since",
     "obstacles",
     "operations_made",
+    "raise_explained",
     "refuse_obstacles",
     "refuse_once_differentiable",
     "second_derivative_errors",
@@ -72,18 +73,26 @@ class _Explained(AbstractContextManager[None]):
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, RuntimeError):
-            return
-        text = str(error)
-        if any(sign in text for sign in _REENTRANT):
-            raise LossError(
-                f"the loss of {self._name} cannot be differentiated: reentrant activation checkpointing works with "
-                ".backward() only. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) "
-                f"({text.splitlines()[0]})"
-            ) from error
-        for sign, reason in _NO_SECOND_DERIVATIVE.items():
-            if sign in text:
-                raise _no_second_derivative(self._name, f"{reason} ({text.splitlines()[0]})") from error
+        if isinstance(error, RuntimeError):
+            raise_explained(error, self._name)
+
+
+def raise_explained(error: RuntimeError, name: str) -> None:
+    """Raises what a failed derivative means for the loss of ``name``, where that is known.
+
+    Raises:
+        LossError: The loss has no such derivative.
+    """
+    text = str(error)
+    if any(sign in text for sign in _REENTRANT):
+        raise LossError(
+            f"the loss of {name} cannot be differentiated: reentrant activation checkpointing works with "
+            ".backward() only. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) "
+            f"({text.splitlines()[0]})"
+        ) from error
+    for sign, reason in _NO_SECOND_DERIVATIVE.items():
+        if sign in text:
+            raise _no_second_derivative(name, f"{reason} ({text.splitlines()[0]})") from error
 
 
 def _no_second_derivative(

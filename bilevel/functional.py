@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
-from bilevel.double_backward import refuse_once_differentiable, second_derivative_errors
+from bilevel.double_backward import raise_explained, refuse_once_differentiable
 from bilevel.errors import LossError, NonFiniteError, ParameterError
 from bilevel.randomness import Replay
 from bilevel.slots import BufferValues, ParameterSlots
@@ -36,6 +37,7 @@ __all__ = [
     "independent",
     "leaves",
     "loss_and_outputs",
+    "pulled_through",
     "require_finite",
     "scalar_loss",
     "transform_errors",
@@ -235,8 +237,7 @@ def gradient(
         return (None,) * len(inputs)
     if create_graph:
         refuse_once_differentiable(value, inputs, objective.name)
-    with second_derivative_errors(objective.name):
-        grads = derivatives(value, inputs, create_graph=create_graph)
+    grads = derivatives(value, inputs, create_graph=create_graph, name=objective.name)
     objective.passes.backward += 1
     if create_graph:
         return grads
@@ -244,9 +245,71 @@ def gradient(
     return tuple([None if grad is None else next(present) for grad in grads])
 
 
-def derivatives(value: Tensor, inputs: Tensors, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
-    """Returns ``torch.autograd.grad`` of a scalar: None for an input that does not reach it, as its type should say."""
-    return torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True)
+def derivatives(
+    value: Tensor, inputs: Tensors, *, create_graph: bool = False, name: str = ""
+) -> tuple[Tensor | None, ...]:
+    """Returns ``torch.autograd.grad`` of a scalar: None for an input that does not reach it, as its type should say.
+
+    Args:
+        value: The scalar.
+        inputs: What to differentiate by.
+        create_graph: Whether the graph of the derivatives is kept, and with it that of the scalar.
+        name: Whose loss it is: then what cannot be differentiated is named in the error.
+
+    Raises:
+        LossError: The loss of ``name`` has no such derivative.
+    """
+    assert value.dim() == 0
+    return _run_backward((value,), inputs, (torch.ones_like(value),), create_graph, create_graph, name)
+
+
+def pulled_through(
+    field: Sequence[Tensor], bars: Sequence[Tensor], inputs: Tensors, name: str, *, retain_graph: bool
+) -> tuple[Tensor | None, ...] | None:
+    """Returns ``(∂g/∂inputs)ᵀ bar`` for a gradient g with its graph: None for an input that does not reach it.
+
+    Args:
+        field: g.
+        bars: Cotangents of g's shapes.
+        inputs: What to differentiate by.
+        name: Whose loss g is the gradient of, for errors.
+        retain_graph: Whether the graph is kept.
+
+    Returns:
+        The product; None where nothing reaches anything, as where the loss is linear with constant coefficients.
+
+    Raises:
+        LossError: The loss cannot be differentiated twice.
+    """
+    pairs = [(g, bar.to(g.dtype)) for g, bar in zip(field, bars, strict=True) if g.requires_grad]
+    if not pairs or not inputs:
+        return None
+    heads, cotangents = zip(*pairs, strict=True)
+    return _run_backward(heads, inputs, cotangents, retain_graph, False, name)
+
+
+def _run_backward(
+    outputs: Tensors, inputs: Tensors, cotangents: Tensors, retain_graph: bool, create_graph: bool, name: str
+) -> tuple[Tensor | None, ...]:
+    """Returns ``torch.autograd.grad``, for cotangents that have their outputs' shapes.
+
+    Torch's function compares those as symbolic shapes first, which takes 40 µs for six outputs: longer than a product
+    of a small model. Autograd's engine, which compares them again, is what is called here.
+    """
+    try:
+        engine = getattr(torch.autograd, "_engine_run_backward", None)  # not public: what torch's function ends with
+        if engine is not None and not has_torch_function((*outputs, *inputs)):
+            found: tuple[Tensor | None, ...] = engine(
+                outputs, cotangents, retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=False
+            )
+            return found
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        if name:
+            raise_explained(error, name)
+        raise
 
 
 def loss_and_outputs(result: object, name: str) -> tuple[Tensor, Tensors]:

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 from torch import Tensor
 
-from bilevel.double_backward import second_derivative_errors
 from bilevel.errors import ConfigError, LossError
 from bilevel.functional import (
     Evaluate,
@@ -24,6 +23,7 @@ from bilevel.functional import (
     gradient,
     independent,
     leaves,
+    pulled_through,
     require_finite,
 )
 from bilevel.vector import Tensors, axpy, length, norm, promote, zeros_like
@@ -149,12 +149,9 @@ class GradientGraph(Products):
         return self._pull_through(self.gradient, q, inputs, retain=retain)
 
     def _pull_through(self, field: Sequence[Tensor], q: Sequence[Tensor], inputs: Tensors, *, retain: bool) -> Tensors:
-        pairs = [(g, part.to(g.dtype)) for g, part in zip(field, q, strict=True) if g.requires_grad]
-        if not pairs or not inputs:  # f is linear in w with constant coefficients: all second derivatives vanish
-            return tuple(torch.zeros_like(part) for part in inputs)
-        outputs, cotangents = zip(*pairs, strict=True)
-        with second_derivative_errors(self._objective.name):
-            grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain, allow_unused=True)
+        grads = pulled_through(field, q, inputs, self._objective.name, retain_graph=retain)
+        if grads is None:
+            return zeros_like(inputs)
         self._objective.passes.backward += 1
         return self._objective.reduce(dense_gradient(grads, inputs))
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bilevel.double_backward import second_derivative_errors
 from bilevel.errors import ConfigError
 from bilevel.functional import (
     Evaluate,
@@ -21,6 +20,7 @@ from bilevel.functional import (
     gradient,
     independent,
     leaves,
+    pulled_through,
     require_finite,
 )
 from bilevel.hypergrad.base import Estimator, InnerProblem, InnerStep, Pullback, Response, State, StepGraph, negative
@@ -216,12 +216,9 @@ def _kept(objective: Objective, graph: StepGraph, outer: Tensors, q: Tensors) ->
 
 def pulled_back(objective: Objective, field: Tensors, bars: Tensors, inputs: Tensors, *, retain: bool) -> Tensors:
     """Returns ``(∂g/∂inputs)ᵀ bar`` for a gradient g with its graph, reduced over ranks; counts one backward pass."""
-    pairs = [(g, bar.to(g.dtype)) for g, bar in zip(field, bars, strict=True) if g.requires_grad]
-    if not pairs or not inputs:  # f is linear in w with constant coefficients
+    found = pulled_through(field, bars, inputs, objective.name, retain_graph=retain)
+    if found is None:
         return zeros_like(inputs)
-    heads, cotangents = zip(*pairs, strict=True)
-    with second_derivative_errors(objective.name):
-        found = torch.autograd.grad(heads, inputs, cotangents, retain_graph=retain, allow_unused=True)
     objective.passes.backward += 1
     return objective.reduce(dense_gradient(found, inputs))
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.double_backward import second_derivative_errors
 from bilevel.faults import Activity, Work
-from bilevel.functional import PassCount, Reduce, dense_gradient
+from bilevel.functional import PassCount, Reduce, dense_gradient, derivatives
 from bilevel.levels.metrics import mean_metrics
 from bilevel.loss_scale import LossScale
 from bilevel.problems.base import Problem
@@ -134,9 +133,9 @@ class Gradients:
         grads: Sequence[Tensor | None] = [None] * len(inputs)
         if value.requires_grad:
             scale = self._scales.get(problem.name)
-            with self.activity(Work.BACKWARD, problem.name), second_derivative_errors(f"problem {problem.name!r}"):
+            with self.activity(Work.BACKWARD, problem.name):
                 scaled = value if scale is None else scale.scaled(value)
-                grads = torch.autograd.grad(scaled, inputs, allow_unused=True)
+                grads = derivatives(scaled, inputs, name=f"problem {problem.name!r}")
             self.passes.backward += 1
         return value.detach(), metrics, grads
 

@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.double_backward import (
-    made_since,
-    operations_made,
-    refuse_once_differentiable,
-    second_derivative_errors,
-)
+from bilevel.double_backward import made_since, operations_made, refuse_once_differentiable
 from bilevel.functional import PassCount, dense_gradient, derivatives, independent, leaves
 from bilevel.hypergrad.base import StepGraph
 from bilevel.levels.metrics import mean_metrics
@@ -86,8 +81,7 @@ def take_with_graph(
         grads: Sequence[Tensor | None] = ()
         if value.requires_grad:
             once = made_since(refuse_once_differentiable(value, copies, name), before) and once
-            with second_derivative_errors(name):
-                grads = derivatives(value, copies, create_graph=True)
+            grads = derivatives(value, copies, create_graph=True, name=name)
             passes.backward += 1
     if all(grad is None for grad in grads):
         raise independent(name)
