@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
@@ -183,10 +187,8 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
                 f"the modules to adapt. {_candidates(model)}"
             )
         config.target_modules = list(LoraModel.target_module_mapping[kind])
-    targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        return
-    matched = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
+    resolved = _maybe_include_all_linear_layers(copy.copy(config), model)
+    matched = {name: module for name, module in model.named_modules() if check_target_module_exists(resolved, name)}
     matched.pop("", None)
     if not matched:
         raise ConfigError(_no_match(model, config))
@@ -194,8 +196,8 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
         reason = unsupported(module)
         if reason is not None:
             raise ConfigError(
-                f"{name} cannot be adapted: {reason}. Give target_modules that match only such layers. "
-                f"{_candidates(model)}"
+                f"{name} cannot be adapted: {reason}. Give target_modules that match only such layers, or name it in "
+                f"exclude_modules. {_candidates(model)}"
             )
 
 

@@ -115,9 +115,8 @@ class BiDoRATrainer(Trainer):
             return self._train_all(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if not resume_from_checkpoint:
             self.search()
-        magnitudes = [
-            p for name, p in self.adapted.named_parameters() if name in set(parameter_roles(self.adapted).magnitude)
-        ]
+        chosen = {*parameter_roles(self.adapted).magnitude}
+        magnitudes = [p for name, p in self.adapted.named_parameters() if name in chosen]
         for parameter in magnitudes:
             parameter.requires_grad_(False)
         try:
@@ -127,7 +126,7 @@ class BiDoRATrainer(Trainer):
                 parameter.requires_grad_(True)
 
     def search(self) -> Engine:
-        """Searches magnitudes, and puts the direction and head back to where they were.
+        """Searches magnitudes, and puts the direction, the head and all buffers back to where they were.
 
         Returns:
             The engine that ran, for its problems, reports and hypergradient.
@@ -137,14 +136,15 @@ class BiDoRATrainer(Trainer):
         """
         roles = parameter_roles(self.adapted)
         kept = {*roles.direction, *roles.head}
-        initial = {name: p.detach().clone() for name, p in self.adapted.named_parameters() if name in kept}
+        places = [p for name, p in self.adapted.named_parameters() if name in kept] + [*self.adapted.buffers()]
+        initial = [place.detach().clone() for place in places]
         engine = self.make_engine()
         self.adapted.train()
         engine.run()
         with torch.no_grad():
-            for name, parameter in self.adapted.named_parameters():
-                if name in initial:
-                    parameter.copy_(initial[name])
+            for place, value in zip(places, initial, strict=True):
+                if not torch.equal(place, value):  # a constant buffer may be an expanded one, which takes no copy
+                    place.copy_(value)
         self.passes["search"] = (engine.passes.forward, engine.passes.backward)
         return engine
 
@@ -160,6 +160,9 @@ class BiDoRATrainer(Trainer):
         estimator = args.estimator
         if estimator.needs_double_backward:
             self._use_twice_differentiable_attention()
+        # transformers had the second name before 5.23, and gives it up in 6
+        if any(getattr(args, name, False) for name in ("activation_checkpointing", "gradient_checkpointing")):
+            self._checkpoint_activations()
         followed = estimator.needs_trajectory and estimator.needs_update
         clip = args.max_grad_norm if args.max_grad_norm > 0 and not followed else None
         direction = Direction(
@@ -260,7 +263,7 @@ class BiDoRATrainer(Trainer):
         return loss
 
     def _optimizer_factory(self, learning_rate: float, weight_decay: float) -> Callable[[Any], Optimizer]:
-        cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
         return lambda params: cls(params, **{**settings, "lr": learning_rate, "weight_decay": weight_decay})
 
     def _scheduler_factory(self, steps: int) -> Callable[[Any], Any]:
@@ -279,6 +282,12 @@ class BiDoRATrainer(Trainer):
         base: Any = self.adapted.get_base_model()
         if getattr(base.config, "_attn_implementation", "eager") != "eager":
             base.set_attn_implementation("eager")
+
+    def _checkpoint_activations(self) -> None:
+        """Does for the search what Trainer does for retraining; reentrant checkpoints refuse ``autograd.grad``."""
+        base: Any = self.adapted.get_base_model()
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 class _SearchLog(Callback):

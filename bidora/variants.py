@@ -266,6 +266,8 @@ def unsupported(module: nn.Module) -> str | None:
             f"it is a {type(module).__name__}; this version adapts nn.Linear, transformers' Conv1D, nn.Conv1d, "
             "nn.Conv2d, nn.Conv3d and nn.Embedding"
         )
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it, so that an adapter would do nothing"
     weight = module.weight
     if type(weight) is not nn.Parameter or weight.dtype not in _WEIGHT_DTYPES:
         return (

@@ -456,6 +456,26 @@ def test_quantised_weights_are_refused() -> None:
         get_bidora_model(model, BiDoRAConfig(target_modules=["0"]))
 
 
+@pytest.mark.parametrize("targets", [["0"], "all-linear"])
+def test_quantised_weights_are_refused_before_anything_is_changed(targets: list[str] | str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
+    before = state(model)
+    with pytest.raises(ConfigError, match="0 cannot be adapted: its weight is a Parameter of torch.float8"):
+        get_bidora_model(model, BiDoRAConfig(target_modules=targets))
+    assert_unchanged(model, before)
+    rest = get_bidora_model(model, BiDoRAConfig(target_modules="all-linear", exclude_modules=["0"]))
+    assert [name for name, _, _ in dora_layers(rest)] == ["base_model.model.1"]
+
+
+@pytest.mark.parametrize("targets", [["out_proj", "linear1"], "all-linear"])
+def test_a_layer_whose_weight_is_read_past_it_is_refused(targets: list[str] | str) -> None:
+    """PEFT adapts it, and attention then computes with the base weight: A, B and m would get no gradient."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(ConfigError, match=r"self_attn.out_proj cannot be adapted: nn.MultiheadAttention reads"):
+        get_bidora_model(model, BiDoRAConfig(target_modules=targets))
+
+
 def test_targets_default_to_those_of_the_model_type(make_bert: Make) -> None:
     adapted = get_bidora_model(make_bert(), BiDoRAConfig(task_type="SEQ_CLS"))
     assert {name.rpartition(".")[2] for name, _, _ in dora_layers(adapted)} == {"query", "value"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -70,6 +71,28 @@ def test_the_search_moves_the_magnitude_and_puts_everything_else_back(make_bert,
     assert [result.step for result in trainer.search_history] == [1, 2, 3, 4]
     # each step: inner 1, outer 1, differences 2
     assert trainer.passes["search"] == (16, 16)
+
+
+def test_the_search_puts_running_statistics_back_too(make_bert, tmp_path):
+    """Retraining begins where the search began, but for m."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)
+
+        def forward(self, x, labels):
+            logits = self.up(self.norm(x))
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    torch.manual_seed(0)
+    model = get_bidora_model(Normed(), BiDoRAConfig(r=2, target_modules=["up"]))
+    data = [{"x": 5 + torch.randn(4), "labels": index % 3} for index in range(40)]
+    settings = arguments(tmp_path, remove_unused_columns=False)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    assert "base_model.model.norm.running_mean" in before
+    BiDoRATrainer(model, settings, train_dataset=data).search()
+    assert equal(dict(model.named_buffers()), before)
 
 
 def test_retraining_fixes_the_magnitude_at_what_the_search_found(make_bert, tmp_path):
@@ -166,6 +189,30 @@ def test_fused_attention_is_replaced_where_second_derivatives_are_needed(make_be
     trainer = BiDoRATrainer(model, arguments(tmp_path, hypergradient="identity"), train_dataset=rows())
     trainer.search()
     assert model.get_base_model().config._attn_implementation == "eager"
+
+
+def test_the_search_checkpoints_activations_where_retraining_does(make_bert, tmp_path):
+    names = {field.name for field in dataclasses.fields(BiDoRATrainingArguments)}
+    setting = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
+    magnitudes = []
+    for settings in ({}, {setting: True}):
+        trainer = make(make_bert, tmp_path, **settings)
+        trainer.search()
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+        assert checkpointed == bool(settings)
+        magnitudes.append(named(trainer.model, parameter_roles(trainer.model).magnitude))
+    assert equal(*magnitudes)
+
+
+def test_the_search_takes_the_optimiser_that_was_given(make_bert, tmp_path):
+    given = torch.optim.SGD, {"momentum": 0.5}
+    trainer = BiDoRATrainer(
+        bidora_model(make_bert), arguments(tmp_path), train_dataset=rows(), optimizer_cls_and_kwargs=given
+    )
+    for problem in trainer.make_engine().problems.values():
+        assert type(problem.optimizer) is torch.optim.SGD
+        (group,) = problem.optimizer.param_groups
+        assert (group["momentum"], group["initial_lr"]) == (0.5, 1e-2)
 
 
 def test_splits_are_stratified_and_disjoint(make_bert, tmp_path):
