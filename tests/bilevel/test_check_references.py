@@ -250,6 +250,21 @@ def test_an_ill_conditioned_inner_problem_is_not_unrolled_to_the_end() -> None:
     assert hypergradcheck(*losses, w, lam, "exact").passed
 
 
+@pytest.mark.parametrize("condition", [1e5, 1e7])
+@pytest.mark.parametrize("away", [0.0, 1e-6])
+def test_an_ill_conditioned_inner_problem_is_solved_as_far_as_rounding_lets(condition: float, away: float) -> None:
+    """A Newton step is κ times as inexact as the gradient: that it does not shrink there is no lack of a solution."""
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=DOUBLE))[0]
+    H = Q * torch.logspace(0, -math.log10(condition), 12, dtype=DOUBLE) @ Q.T
+    C, lam, t = (torch.randn(*size, generator=generator, dtype=DOUBLE) for size in ((12, 5), (5,), (12,)))
+    solution = torch.linalg.solve(H, C @ lam)
+    losses = (lambda w, lam: w @ H @ w / 2 - w @ (C @ lam)), (lambda w, lam: (w - t).square().sum())
+    report = hypergradcheck(*losses, solution * (1 + away), lam, "exact", reference="central_difference")
+    assert report.passed, str(report)
+    assert report.inner_distance == pytest.approx(away, abs=1e-7)
+
+
 def test_many_inner_variables_need_no_dense_jacobian() -> None:
     expected = {reference: hypergradcheck(*many(), "exact", reference=reference) for reference in REFERENCES[1:]}
     with (

@@ -139,10 +139,13 @@ class RootSolver:
         return None
 
     def _contracts(self, dense: DenseField, step: Tensor) -> bool:
-        """Whether a Newton step leaves less than half of itself: the iteration with this J converges."""
+        """Whether a Newton step leaves less than half of itself: the iteration with this J converges.
+
+        Or no more than rounding in g makes of it, which is κ(J) times as large in w.
+        """
         self.gradients += 1
         rest = dense.solve(dense.field.at(dense.field.point - step))
-        floor = 1e3 * dense.field.epsilon * float(dense.field.point.norm())
+        floor = max(1e3, 10 * dense.condition) * dense.field.epsilon * float(dense.field.point.norm())
         return float(rest.norm()) <= max(0.5 * float(step.norm()), floor)
 
     def _shifted_step(
