@@ -250,7 +250,8 @@ def _in_float64(
     if reference != "exact":
         raise ConfigError(
             f"reference {reference!r} needs losses that can be run in float64: {reason}. Make them follow the dtype of "
-            "their parameters, or take reference='exact', which can do with less"
+            f"their parameters (if they do, {dtype_name(original)} rounds too much away here: hold the parameters in "
+            "float64), or take reference='exact', which can do with less"
         ) from cause
     note = f"the losses cannot be run in float64, so the reference is in {dtype_name(original)}: {reason}"
     precision = Precision(original, double=False)
