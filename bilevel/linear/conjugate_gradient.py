@@ -18,6 +18,7 @@ from bilevel.linear.base import (
     inner_product,
     machine_epsilon,
 )
+from bilevel.linear.joined import Joined
 from bilevel.linear.probe import Probe
 from bilevel.result import Status
 from bilevel.vector import Tensors, axpy, dot, norm, zeros_like
@@ -61,6 +62,10 @@ def conjugate_gradient(
         ``p'ᵀ(Hp)`` differ for two successive directions: a probe that costs no product. ``DIVERGED`` where a product
         is not finite, or P shows not to be positive definite.
     """
+    joined = Joined.of(v) if compiled is None else None
+    if joined is not None:
+        settings = {"max_iterations": max_iterations, "rtol": rtol, "epsilon": epsilon}
+        return joined.solved(conjugate_gradient, operator, v, start, preconditioner, **settings)
     q, residual, products = first_residual(operator, v, start, energy=True)
     goal = float(dot(v, v))
     direction, energy, squared = _precondition(preconditioner, residual)

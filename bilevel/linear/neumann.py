@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from bilevel.linear.base import (
     inner_product,
     machine_epsilon,
 )
+from bilevel.linear.joined import Joined
 from bilevel.linear.probe import Probe
 from bilevel.result import Status
 from bilevel.vector import Tensors, axpy, axpy_, dot, norm, scale
@@ -60,6 +63,10 @@ def neumann(
         where the norms of the summands grow, which for a symmetric H they never stop doing once they do;
         ``NEGATIVE_CURVATURE`` where a summand p has pᵀHp < 0 beyond rounding.
     """
+    joined = Joined.of(v) if compiled is None else None
+    if joined is not None:
+        settings = {"terms": terms, "step_size": step_size, "epsilon": epsilon, "symmetric": symmetric, "rtol": rtol}
+        return joined.solved(neumann, operator, v, start, preconditioner, **settings)
     q, residual, products = first_residual(operator, v, start)
     message = f"step size {step_size:.3g}"
     target = rtol * float(norm(v)) if rtol > 0.0 else 0.0
@@ -76,12 +83,11 @@ def neumann(
     alpha = None if step is None else torch.tensor(step_size, dtype=torch.float64, device=v[0].device)
     for _ in range(terms):
         if step is not None:
-            squared = norms[-1].square().clamp_min(1e-300)
             *found, numbers = step(alpha, *q, *summand)
             q, summand = tuple(found[: len(v)]), tuple(found[len(v) :])
             norms.append(numbers[0])
-            sizes.append(numbers[1] / squared.sqrt())
-            curvatures.append(numbers[2] / squared)
+            sizes.append(numbers[1])
+            curvatures.append(numbers[2])
             if rtol > 0.0 and float(norms[-1]) <= target:
                 reached = True
                 break
@@ -91,9 +97,8 @@ def neumann(
         size = _length(scaled, product, preconditioner)
         if symmetric:
             probe.look(summand, product, *((norms[-1], size) if preconditioner is None else ()))
-        squared = norms[-1].square().clamp_min(1e-300)
-        sizes.append(size / squared.sqrt())
-        curvatures.append(dot(summand, product) / squared)
+        sizes.append(size)
+        curvatures.append(dot(summand, product))
         residual = residual if preconditioner is None else axpy(-step_size, product, residual)
         summand = axpy(-step_size, scaled, summand)
         norms.append(_length(summand, residual, preconditioner))
@@ -126,11 +131,18 @@ def _length(summand: Tensors, residual: Tensors, preconditioner: Preconditioner 
 
 
 def _status(norms: list[Tensor], sizes: list[Tensor], curvatures: list[Tensor], epsilon: float) -> Status:
-    lengths = torch.stack(norms).tolist()
-    if any(not length < float("inf") for length in lengths):
+    """Judges by the norms of all summands p, and ``‖Hp‖`` and ``pᵀHp`` of all but the last one."""
+    found = torch.stack([*norms, *sizes, *curvatures]).tolist()
+    count = len(norms)
+    lengths, rest = found[:count], found[count:]
+    if any(not length < math.inf for length in lengths):
         return Status.DIVERGED
     # A product with a null vector is rounding of ‖H‖, with a curvature of either sign.
-    if curvatures and float(torch.stack(curvatures).min()) < -10 * epsilon * float(torch.stack(sizes).max()):
-        return Status.NEGATIVE_CURVATURE
-    grows = len(lengths) > 1 and lengths[-1] > lengths[-2] * (1 + 1e-6) and lengths[-1] > 100 * epsilon * lengths[0]
+    relative = [max(length, 1e-150) for length in lengths[:-1]]
+    if relative:
+        largest = max(size / length for size, length in zip(rest, relative, strict=False))
+        lowest = min(curved / length**2 for curved, length in zip(rest[count - 1 :], relative, strict=True))
+        if lowest < -10 * epsilon * largest:
+            return Status.NEGATIVE_CURVATURE
+    grows = count > 1 and lengths[-1] > lengths[-2] * (1 + 1e-6) and lengths[-1] > 100 * epsilon * lengths[0]
     return Status.DIVERGED if grows else Status.STOPPED_AT_CAP
