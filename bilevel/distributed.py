@@ -7,7 +7,7 @@ import torch.distributed as dist
 from bilevel.functional import Reduce
 from bilevel.vector import Tensors
 
-__all__ = ["mean", "rank", "reducer", "size"]
+__all__ = ["least", "mean", "rank", "reducer", "size"]
 
 
 def rank() -> int:
@@ -18,6 +18,14 @@ def rank() -> int:
 def size() -> int:
     """Returns the number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if _initialised() else 1
+
+
+def least(value: int) -> int:
+    """Returns the smallest of a number over the ranks. Every rank must call it."""
+    gathered = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(gathered, value)
+    return min(gathered)
 
 
 def mean(value: float | None) -> float | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 from bilevel import ConjugateGradient, Engine, EngineConfig, Neumann, Unrolled, hypergradcheck
 from bilevel.errors import ConfigError, LossError
@@ -458,6 +461,47 @@ def test_a_run_goes_on_from_a_file_with_the_chunks_it_had(tmp_path: Path, monkey
     other = engine(4)
     other.run(4)
     assert not all(torch.equal(a, b) for a, b in zip(watched(other).parameters, theirs, strict=True))
+
+
+def on_a_rank(rank: int, port: int, folder: str) -> None:
+    """Rank 0 is fastest with chunks of 4 and rank 1 with chunks of 2; then rank 1 has too little memory."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "bilevel.problems.few_shot.measurement.Costs.seconds",
+                lambda costs, size: size * (1.0 if size == (4, 2)[rank] else 1.25),
+            )
+            engine = engine_of("cg", chunk_size="auto", proximal=3.0)
+            engine.step()
+        found = {"size": engine.step().metrics["adaptation/chunk_size"], "seen": watched(engine).seen}
+        chunking = adaptation(engine).chunking
+        assert chunking is not None
+        sizes = [trial.size for trial in chunking.trials]
+        with pytest.raises(ConfigError) as caught:
+            engine_of("cg", chunk_size="auto", memory_budget=(10**9, 100)[rank]).step()
+        torch.save({**found, "sizes": sizes, "error": str(caught.value)}, Path(folder) / f"{rank}.pt")
+        dist.barrier()  # gloo's threads do not like a peer that has gone
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_ranks_agree_on_the_smallest_size_and_fail_together(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(on_a_rank, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["size"] == second["size"] == 2
+    assert 2 in first["sizes"]  # what was measured here is kept, and this size was in the budget
+    assert torch.equal(first["seen"], second["seen"])
+    expected, _ = after(2, method="cg", proximal=3.0, chunk_size=2)
+    assert close(first["seen"], expected, 1e-10)
+    assert first["error"] == "problem 'adaptation': another rank could choose no chunk size; its error says why"
+    assert "memory_budget is 0.0 MiB, and tasks one by one take" in second["error"]
 
 
 @pytest.mark.parametrize("given", [2, None])

@@ -364,7 +364,7 @@ def products(function: Function, given: Sequence[Tensor]) -> list[Tensor]:
 def test_normalisation_in_single_precision_is_as_exact_as_torchs_whatever_the_mean(
     spreads: int, images: int, tasks: int, size: tuple[int, int], apart: int, seed: int
 ) -> None:
-    # torch's errors grow with the mean in units of the spread; here they don't, even if the first image is unlike others
+    # torch's errors grow with the mean in units of the spread; here they don't, however unlike others one image is
     torch.manual_seed(seed)
     x, scale, shift = torch.randn(images, tasks, 5, *size) + spreads, torch.randn(tasks, 5), torch.randn(tasks, 5)
     x[0] += apart

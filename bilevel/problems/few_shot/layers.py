@@ -216,7 +216,7 @@ def _derivative(bar: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, plac
 
 # --- batch normalisation ----------------------------------------------------------------------------------------------
 #
-# A channel's numbers are taken less one near their mean: in mean(ȳ x) − mean(ȳ) μ and in k x − k μ rounding errors would
+# A channel's numbers are taken less one near their mean: errors of mean(ȳ x) − mean(ȳ) μ and of k x − k μ would
 # be μ / σ times as large. Whichever number it is, derivatives by it are 0. It is the mean of a quarter of the images,
 # which is at most √3 σ from that of all.
 # What there is one of a channel is in float64: its errors would be those of all numbers of the channel.

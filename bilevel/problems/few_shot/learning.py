@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bilevel import distributed
 from bilevel.data.episodes import TaskBatch, TaskSource
 from bilevel.errors import ConfigError, DataError, ParameterError
 from bilevel.functional import dense_gradient, derivatives
 from bilevel.problems.base import ParameterSelection, Problem, select_parameters
 from bilevel.problems.few_shot.assessment import Assessment
-from bilevel.problems.few_shot.budget import SHARE, Chunking, choose, free_memory
+from bilevel.problems.few_shot.budget import Chunking
 from bilevel.problems.few_shot.checks import (
     batch_of,
     check_settings,
@@ -27,7 +26,7 @@ from bilevel.problems.few_shot.checks import (
     warn_of_shared_classes,
 )
 from bilevel.problems.few_shot.chunks import Chunk, ResponseInChunks, Standing, Sum, chunks_of, seeded, summed
-from bilevel.problems.few_shot.measurement import Costs
+from bilevel.problems.few_shot.measurement import measured_chunking
 from bilevel.problems.few_shot.stacked import (
     Displacements,
     RatedNetwork,
@@ -223,10 +222,10 @@ class Adaptation(Problem):
             then take ``(I + H/β)⁻¹ v`` for ``v = ∂F/∂w``; with a damping δ, ``(I + H/(β + δ))⁻¹ v``.
         chunk_size: How many tasks to evaluate together; None for all. Passes, products and solves go chunk by chunk,
             each of which has its graph freed before the next one is evaluated. ``"auto"``: the smallest size that takes
-            about the least time among those that stay in the memory budget, see :attr:`chunking`. It is measured before
-            the first update, kept from then on and saved with the engine's state. A state loads whatever the size was
-            when it was saved: a number or None given here stays, and ``"auto"`` takes the size that was chosen, or
-            chooses.
+            about the least time among those that stay in the memory budget, see :attr:`chunking`; on several ranks,
+            the smallest that one of them finds. It is measured before the first update, kept from then on and saved
+            with the engine's state. A state loads whatever the size was when it was saved: a number or None given here
+            stays, and ``"auto"`` takes the size that was chosen, or chooses.
         memory_budget: What a chunk may take beside parameters and displacements, in bytes, where the size is chosen;
             half of the memory that is free by default.
         vectorized: Whether to evaluate tasks together, by ``torch.func.vmap``. False is for networks that cannot be:
@@ -376,7 +375,7 @@ class Adaptation(Problem):
     def loss(self, batch: Any) -> Mapping[str, Any]:
         """Returns the sum of the tasks' losses on their support sets, with the outputs unless tasks are in chunks."""
         refuse_data(self, batch)
-        tasks, chosen = self.tasks(), self.chunking
+        tasks, chunking = self.tasks(), self.chunking
         if len(self.chunks()) == 1 or self._keeps_graphs:
             found = self._support_loss(tasks, self.displacements())
         elif self._alone is None:
@@ -384,7 +383,7 @@ class Adaptation(Problem):
         else:
             with seeded(_drawn_seed(), self._alone, self.parameters[0].device):
                 found = self._support_loss(TaskBatch(*self._alone.of(tasks)), self.displacements())
-        return found if chosen is None else {**found, "chunk_size": chosen.size}
+        return found if chunking is None else {**found, "chunk_size": chunking.size}
 
     def respond(self, estimator: Estimator, lower: InnerProblem) -> Response:
         """See :meth:`Problem.respond`: chunk by chunk, but where an update is one of all tasks together."""
@@ -503,27 +502,15 @@ class Adaptation(Problem):
     def _measured(self) -> Chunking:
         """Chooses the chunk size at the present tasks."""
         device, tasks = self.parameters[0].device, self.tasks()
-        budget = self.memory_budget or int(SHARE * free_memory(device))
+        roots = [root for root in (self.network, self.criterion) if isinstance(root, nn.Module)]
         self._measuring = True
         try:
-            return self._choice(tasks, budget, device)
+            with preserved({"cpu", str(device)}), buffers_protected([part for r in roots for part in r.modules()]):
+                inner, (outer, _) = self._in_chunks(tasks), self.learner()._in_chunks(tasks)
+                budget, name = self.memory_budget, f"problem {self.name!r}"
+                return measured_chunking(inner, outer, self.steps, self.method, self.num_tasks, budget, name)
         finally:
             self._measuring = False
-
-    def _choice(self, tasks: TaskBatch, budget: int, device: torch.device) -> Chunking:
-        if distributed.size() > 1:  # ranks would measure different times, and take different chunks
-            raise ConfigError(f"problem {self.name!r}: give chunk_size as a number on several ranks")
-        parts = [
-            module
-            for root in (self.network, self.criterion)
-            if isinstance(root, nn.Module)
-            for module in root.modules()
-        ]
-        with preserved({"cpu", str(device)}), buffers_protected(parts):
-            inner, (outer, _) = self._in_chunks(tasks), self.learner()._in_chunks(tasks)
-            costs = Costs(inner, outer, self.steps, self.method, self.num_tasks, budget)
-            given = self.memory_budget is not None
-            return choose(self.num_tasks, budget, costs.memory, costs.seconds, given, f"problem {self.name!r}")
 
     @contextmanager
     def _taking(self, chunk: Chunk) -> Iterator[None]:

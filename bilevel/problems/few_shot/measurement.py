@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bilevel import distributed
+from bilevel.errors import ConfigError
 from bilevel.functional import derivatives, leaves
 from bilevel.hypergrad import Estimator
-from bilevel.problems.few_shot.budget import Need, measured_peak, timed
+from bilevel.problems.few_shot.budget import SHARE, Chunking, Need, choose, free_memory, measured_peak, timed
 from bilevel.problems.few_shot.chunks import Chunk, Sum
 from bilevel.vector import Tensors
 
-__all__ = ["Costs"]
+__all__ = ["Costs", "measured_chunking"]
 
 PRODUCTS = 5
 """How many products an implicit method is taken to need, where chunk sizes are compared."""
+
+
+def measured_chunking(
+    inner: Sum, outer: Sum, steps: int, method: Estimator | None, count: int, budget: int | None, name: str
+) -> Chunking:
+    """Returns the chunk size that is the best for the tasks at hand, the same one on all ranks.
+
+    Ranks measure different times and may have less memory free than others. The smallest size that one of them would
+    take is in the budget of all. So that none waits for one that stopped, they also fail together.
+
+    Args:
+        inner: The inner loss.
+        outer: The outer loss.
+        steps: Inner steps.
+        method: By which the inner problem is differentiated.
+        count: M.
+        budget: Bytes; None for :data:`~bilevel.problems.few_shot.budget.SHARE` of those that are free.
+        name: Whose choice it is, for messages.
+
+    Raises:
+        ConfigError: Chunks of a single task take more than the budget, on this rank or on another one.
+    """
+
+    def own() -> Chunking:
+        limit = int(SHARE * free_memory(inner.device)) if budget is None else budget
+        costs = Costs(inner, outer, steps, method, count, limit)
+        return choose(count, limit, costs.memory, costs.seconds, budget is not None, name)
+
+    if distributed.size() == 1:
+        return own()
+    try:
+        found = own()
+    except Exception:
+        distributed.least(0)
+        raise
+    size = distributed.least(found.size)
+    if not size:
+        raise ConfigError(f"{name}: another rank could choose no chunk size; its error says why")
+    return replace(found, size=size)
 
 
 @dataclass(frozen=True)
