@@ -171,10 +171,11 @@ def refuse_once_differentiable(value: Tensor, inputs: Tensors, name: str) -> lis
         The nodes of the forward graph.
     """
     nodes = _reachable(value.grad_fn)
-    if any(issubclass(kind, _CUSTOM) for kind in set(map(type, nodes))):
+    custom = [node for node in nodes if isinstance(node, _CUSTOM)]
+    if custom:
         wanted = {id(part) for part in inputs}
-        for node in nodes:
-            if isinstance(node, _CUSTOM) and _is_once_differentiable(node) and _leads_to(node, wanted):
+        for node in custom:
+            if _is_once_differentiable(node) and _leads_to(node, wanted):
                 function = type(node).__name__.removesuffix("Backward")
                 raise _no_second_derivative(name, f"the custom function {function} is marked once_differentiable")
     return nodes

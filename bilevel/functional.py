@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ __all__ = [
     "dense_gradient",
     "derivatives",
     "gradient",
+    "gradients_on",
     "independent",
     "leaves",
     "loss_and_outputs",
@@ -127,10 +128,15 @@ class Objective(ABC):
     def _evaluate(self, loss: Callable[[], object]) -> tuple[Tensor, Tensors]:
         # Products and solves stay in full precision, whatever autocast does elsewhere.
         casts = list(filter(torch.is_autocast_enabled, _AUTOCASTS))
-        with _no_autocast(casts) if casts else _NOTHING, self.replay(), torch.enable_grad():
+        with _no_autocast(casts) if casts else _NOTHING, self.replay(), gradients_on():
             value, outputs = loss_and_outputs(loss(), self.name)
         self.passes.forward += 1
         return value, outputs
+
+
+def gradients_on() -> AbstractContextManager[object]:
+    """Returns ``torch.enable_grad()``, where that changes anything: it takes longer than to see."""
+    return _NOTHING if torch.is_grad_enabled() else torch.enable_grad()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from bilevel.stepper import Scheduler
 
-__all__ = ["Copies", "Kept", "alike", "load_scheduler_state", "once", "scheduler_state"]
+__all__ = ["Copies", "Kept", "alike", "forms", "load_scheduler_state", "once", "scheduler_state"]
 
 _CONSTANTS = frozenset((type(None), bool, int, float, str))
 
@@ -27,6 +27,11 @@ def alike(left: Tensor, right: Tensor) -> bool:
         and left.layout is right.layout
         and left.device == right.device
     )
+
+
+def forms(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """Returns what :func:`alike` compares, of several tensors."""
+    return [(tensor.dtype, tensor.shape, tensor.layout, tensor.device) for tensor in tensors]
 
 
 def once(into: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,18 +124,18 @@ class Kept:
         """Adds the copies where the state is one of tensors as when it was last kept: what most steps find."""
         if len(state) != len(self._state):
             return False
-        found: list[tuple[Tensor, Tensor]] = []
-        for parameter, slots in state.items():
-            kept = self._state.get(parameter)
-            if type(slots) is not dict or type(kept) is not dict or len(slots) != len(kept):
+        into: list[Any] = []
+        values: list[Any] = []
+        # In the order of their making: to look a tensor up takes a call of Python for its hash.
+        for (parameter, slots), (same, kept) in zip(state.items(), self._state.items(), strict=True):
+            if parameter is not same or type(slots) is not dict or type(kept) is not dict or [*slots] != [*kept]:
                 return False
-            for key, value in slots.items():
-                into = kept.get(key)
-                if type(into) is not Tensor or not isinstance(value, Tensor) or not alike(into, value):
-                    return False
-                found.append((into, value))
-        if found:
-            self._copies.add_all(*zip(*found, strict=True))
+            into += kept.values()
+            values += slots.values()
+        tensors = set(map(type, into)) <= {Tensor} and all(issubclass(kind, Tensor) for kind in set(map(type, values)))
+        if not tensors or forms(into) != forms(values):
+            return False
+        self._copies.add_all(into, values)
         return True
 
     def restore(self) -> None:

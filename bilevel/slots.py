@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +45,10 @@ class ParameterSlots:
         unique = {id(part): part for module in modules for part in module.modules()}.values()
         self._parameters: dict[int, list[tuple[nn.Module, str]]] = {}
         for part in unique:
-            for name, parameter in _parameters(part).items():
+            for name, parameter in part._parameters.items():
                 if parameter is not None:
                     self._parameters.setdefault(id(parameter), []).append((part, name))
+        self._places: dict[tuple[int, ...], tuple[tuple[int, nn.Module, str], ...]] = {}
         self._with_buffers = tuple(part for part in unique if part._buffers)
         self.has_buffers = bool(self._with_buffers)
         """Whether any module has buffers, which registering one later does not change."""
@@ -63,7 +64,16 @@ class ParameterSlots:
 
         The places hold afterwards what they held before, also where they were swapped then.
         """
-        return _Swapped(self._parameters, live, given)
+        if len(live) != len(given):
+            raise ValueError(f"{len(given)} tensors are to take the places of {len(live)} parameters")
+        return _Swapped(self._places_of(live), given)
+
+    def _places_of(self, live: Sequence[Tensor]) -> tuple[tuple[int, nn.Module, str], ...]:
+        """Returns the slots of parameters, each with the parameter's place in the sequence."""
+        key = tuple(map(id, live))
+        if key not in self._places:
+            self._places[key] = tuple((at, *slot) for at, number in enumerate(key) for slot in self._parameters[number])
+        return self._places[key]
 
     @contextmanager
     def buffers_apart(self) -> Iterator[None]:
@@ -106,25 +116,22 @@ class ParameterSlots:
 
 
 class _Swapped(AbstractContextManager[None]):
-    __slots__ = ("_given", "_live", "_moved", "_places")
+    __slots__ = ("_given", "_moved", "_places")
 
-    def __init__(
-        self, places: Mapping[int, Sequence[tuple[nn.Module, str]]], live: Sequence[Tensor], given: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, places: Sequence[tuple[int, nn.Module, str]], given: Sequence[Tensor]) -> None:
         self._places = places
-        self._live = live
         self._given = given
         self._moved: list[tuple[dict[str, Any], str, Any]] = []
 
     def __enter__(self) -> None:
         try:
-            for parameter, tensor in zip(self._live, self._given, strict=True):
-                for module, name in self._places[id(parameter)]:
-                    table = _parameters(module)
-                    held = table[name]
-                    if held is not tensor:
-                        self._moved.append((table, name, held))
-                        table[name] = tensor
+            given = self._given
+            for at, module, name in self._places:
+                table: dict[str, Any] = module._parameters  # ``functional_call`` writes plain tensors there too
+                held, tensor = table[name], given[at]
+                if held is not tensor:
+                    self._moved.append((table, name, held))
+                    table[name] = tensor
         except BaseException:
             self._put_back()
             raise
@@ -135,11 +142,6 @@ class _Swapped(AbstractContextManager[None]):
     def _put_back(self) -> None:
         for table, name, held in reversed(self._moved):
             table[name] = held
-
-
-def _parameters(module: nn.Module) -> dict[str, Any]:
-    """The module's own table: ``functional_call`` writes plain tensors there too."""
-    return module._parameters
 
 
 @contextmanager

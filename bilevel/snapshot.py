@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from bilevel.data import BatchStream
 from bilevel.functional import PassCount
 from bilevel.loss_scale import LossScale
-from bilevel.optimizer_state import Copies, Kept, alike, once
+from bilevel.optimizer_state import Copies, Kept, forms, once
 from bilevel.problems import Problem
 from bilevel.randomness import HostGenerators, States, capture, restore
 
 __all__ = ["Snapshot"]
+
+_trains = operator.attrgetter("requires_grad")
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Snapshot:
             [problem.num_updates for problem in self._problems],
             [dict(module._buffers) for module in self._with_buffers],
             [module.training for module in self._modules],
-            [p.requires_grad for p in self._owned],
+            list(map(_trains, self._owned)),
             {name: scale.state_dict() for name, scale in self._scales.items()},
             [(table, _copied(table)) for table in tables],
             self._passes.copy(),
@@ -140,7 +142,7 @@ class Snapshot:
         """Copies parameters and buffers into tensors that stay: fresh memory costs several times the copy."""
         live = _with_buffers(self._owned, self._with_buffers) if self._with_buffers else self._owned
         same = len(live) == len(self._live) and all(map(operator.is_, live, self._live))
-        if not same or not all(map(alike, live, self._kept)):
+        if not same or forms(live) != forms(self._kept):
             self._live, self._kept = live, [tensor.detach().clone() for tensor in live]
             return
         copies.add_all(self._kept, live)

@@ -126,19 +126,21 @@ class Step:
 
     def _draw_for_products(self, names: Sequence[str]) -> None:
         """Draws the batches on which products through the problems below are taken, beside those of their updates."""
+        fresh_ones, sampled = self.config.hypergradient_batch == "fresh", self.differentiator.sampled
+        if not fresh_ones and not sampled:
+            return
         below = set().union(*(self._dependencies.lower[name] for name in names)) & self.active
         for name in self._dependencies.inner:
             if name not in below:
                 continue
             record = self.records[name]
-            if self.config.hypergradient_batch == "fresh":
+            if fresh_ones:
                 fresh = [self._next(name) for _ in range(self.config.num_hypergradient_batches)]
                 # One replay: all that is taken on this record sees the same masks.
                 replay = Replay(self.differentiator.gradients.devices)
                 record = self.records[name] = InnerRecord(fresh, replay, record.trajectory)
-            wanted = self.differentiator.estimators[name].num_samples
-            if wanted > 1:
-                self.records[name] = replace(record, samples=[self._next(name) for _ in range(wanted)])
+            if name in sampled:
+                self.records[name] = replace(record, samples=[self._next(name) for _ in range(sampled[name])])
 
     def _gradient(self, problem: Problem, turn: int, turns: int) -> LossGradient:
         batches = [self._next(problem.name) for _ in range(problem.accumulate)]
@@ -234,7 +236,7 @@ class Step:
 
         That is where a problem below has started from them, and all updates of that one overflowed.
         """
-        if name not in self._dependencies.outer:
+        if name not in self._dependencies.outer or not self._dependencies.starts:
             return False
         still = (self.active & self._dependencies.lower[name]) - self._responding()
         if not any(self._problems[other].start_source is not None for other in still):
@@ -251,11 +253,10 @@ class Step:
 
     def _responding(self) -> frozenset[str]:
         """Returns the active problems, less those whose method follows updates where all of them were left out."""
-        estimators = self.differentiator.estimators
-        still = {
-            name for name, record in self.records.items() if not record.trajectory and estimators[name].needs_trajectory
-        }
-        return self.active - still
+        following = self.differentiator.following
+        if not following:
+            return self.active
+        return self.active - {name for name in following & self.records.keys() if not self.records[name].trajectory}
 
     def _next(self, name: str) -> Any:
         with self._activity(Work.DATA, name):

@@ -165,8 +165,16 @@ class Stepper:
         """
         if changed or self._max_grad_norm is not None or self._changes_gradients():
             return [_copied(grad, p) for p, grad in zip(self._parameters, gradients, strict=True)]
-        pairs = zip(self._parameters, gradients, strict=True)
-        return [_without_graph(grad) if _fits(grad, p) else _copied(grad, p) for p, grad in pairs]
+        return [
+            (grad.detach() if grad.requires_grad else grad)
+            # what ``backward()`` would have made: of the same type, and no expanded or sparse tensor
+            if type(grad) is Tensor
+            and grad.layout is torch.strided
+            and grad.dtype is p.dtype
+            and grad.stride() == p.stride()
+            else _copied(grad, p)
+            for p, grad in zip(self._parameters, gradients, strict=True)
+        ]
 
     @property
     def plain(self) -> bool:
@@ -290,20 +298,6 @@ class _Holding(AbstractContextManager[None]):
     def _put_back(self) -> None:
         for p, grad in zip(self._held, self._kept, strict=True):
             p.grad = grad
-
-
-def _fits(grad: Tensor, parameter: Tensor) -> bool:
-    """Whether a gradient is what ``backward()`` would have made: of the same type, and no expanded or sparse tensor."""
-    return (
-        type(grad) is Tensor
-        and grad.layout is torch.strided
-        and grad.dtype is parameter.dtype
-        and grad.stride() == parameter.stride()
-    )
-
-
-def _without_graph(grad: Tensor) -> Tensor:
-    return grad.detach() if grad.requires_grad else grad
 
 
 def _copied(grad: Tensor, parameter: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def norm(vector: Iterable[Tensor]) -> Tensor:
     vector = tuple(vector)
     if vector and not vector[0].is_cpu:
         return _device_norm([part.detach() for part in vector], torch.float64)
-    return torch.tensor(length(vector), dtype=torch.float64)
+    return torch.tensor(_host_length(vector), dtype=torch.float64)
 
 
 def length(vector: Sequence[Tensor]) -> float:
@@ -101,16 +101,13 @@ def on_host(part: Tensor) -> bool:
 
 
 def _host_length(vector: Sequence[Tensor]) -> float:
-    sizes = []
-    for part in vector:
-        if part.dtype is not torch.float32 or not part.is_cpu:
-            break
-        sizes.append(_vector_norm(part.detach() if part.requires_grad else part).item())
-    else:  # a third of the time of accumulating in float64; the range is checked
-        total = math.hypot(*sizes)
+    parts = [part.detach() if part.requires_grad else part for part in vector]
+    if {(part.dtype, part.is_cpu) for part in parts} == {(torch.float32, True)}:
+        # a third of the time of accumulating in float64; the range is checked
+        total = math.hypot(*[size.item() for size in torch._foreach_norm(parts)])
         if 1e-12 < total < 1e12:
             return total
-    return math.hypot(*[_vector_norm(part.detach(), dtype=torch.float64).item() for part in vector])
+    return math.hypot(*[_vector_norm(part, dtype=torch.float64).item() for part in parts])
 
 
 def _device_norm(parts: list[Tensor], dtype: torch.dtype | None) -> Tensor:
@@ -189,8 +186,11 @@ def is_finite(vector: Sequence[Tensor]) -> bool:
 
 
 def _joined(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float) -> Tensors:
-    if _count(x, y) < 2:
-        return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
+    count = _count(x, y)
+    if count == 1:
+        return (torch.add(y[0], x[0], alpha=alpha),)
+    if count == 0:
+        return ()
     return tuple(torch._foreach_add(tuple(y), tuple(x), alpha=alpha))
 
 

@@ -7,6 +7,7 @@ the step has taken already.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +40,8 @@ __all__ = [
     "mixed_product_at",
     "pulled_back",
 ]
+
+_trains = operator.attrgetter("requires_grad")
 
 CENTERS = ("old", "new")
 DIFFERENCES = ("exact", "central", "forward")
@@ -183,7 +186,7 @@ def forward_length(epsilon: float | str, inner: Tensors, size: float | None = No
 
 
 def _exact(objective: Objective, inner: Tensors, outer: Tensors, q: Tensors) -> MixedProduct:
-    point = inner if all(part.requires_grad for part in inner) else leaves(inner)
+    point = inner if all(map(_trains, inner)) else leaves(inner)
 
     def body(evaluate: Evaluate) -> tuple[Tensor, Tensors, Tensors]:
         value = evaluate()
@@ -199,7 +202,7 @@ def _exact(objective: Objective, inner: Tensors, outer: Tensors, q: Tensors) -> 
     # Read when all has been queued: a device that is waited for earlier stands still while the next pass is.
     size, number = lengths(pulled, also=[value])
     require_finite(value, objective.name, number)
-    found = tuple([grad.detach() for grad in grads])
+    found = tuple(map(Tensor.detach, grads))
     return MixedProduct(pulled, _status(pulled, size), 1, gradient=found, size=size)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -92,6 +93,17 @@ class Differentiator:
     policy: Policy
     solve_timeout: float | None = None
 
+    @cached_property
+    def following(self) -> frozenset[str]:
+        """The inner problems whose methods follow recorded updates."""
+        return frozenset(name for name, estimator in self.estimators.items() if estimator.needs_trajectory)
+
+    @cached_property
+    def sampled(self) -> Mapping[str, int]:
+        """How many separate batches are wanted of an inner problem, where it is more than one."""
+        numbers = {name: estimator.num_samples for name, estimator in self.estimators.items()}
+        return {name: number for name, number in numbers.items() if number > 1}
+
     def total(
         self,
         problem: Problem,
@@ -124,7 +136,7 @@ class Differentiator:
             further = {other: taken.parts[other] for other in others}
             return LossGradient(taken.value, taken.metrics, own, own, further, overflow=taken.overflow)
         look = _Look(taken.value, f"problem {problem.name!r}")
-        if any(self.estimators[name].needs_finite_cotangent for name in below) or len(blocks) < len(below):
+        if len(blocks) < len(below) or any([self.estimators[name].needs_finite_cotangent for name in below]):
             look()
         cotangents, direct = dict(taken.parts), taken.parts[problem.name]
         solves: dict[str, SolveInfo] = {}

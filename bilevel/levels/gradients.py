@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.faults import Activity, Work
-from bilevel.functional import PassCount, Reduce, dense_gradient, derivatives
+from bilevel.functional import PassCount, Reduce, dense_gradient, derivatives, gradients_on
 from bilevel.levels.metrics import mean_metrics
 from bilevel.loss_scale import LossScale
 from bilevel.problems.base import Problem
@@ -127,7 +127,7 @@ class Gradients:
     def _one(
         self, problem: Problem, batch: Any, inputs: Tensors
     ) -> tuple[Tensor, Mapping[str, Any], Sequence[Tensor | None]]:
-        with self.activity(Work.FORWARD, problem.name), torch.enable_grad(), self._autocast(problem.name):
+        with self.activity(Work.FORWARD, problem.name), gradients_on(), self._autocast(problem.name):
             value, metrics = problem.evaluate_loss(batch)
         self.passes.forward += 1
         grads: Sequence[Tensor | None] = [None] * len(inputs)
