@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.errors import BilevelWarning, NonFiniteError, ParameterError
+from bilevel.errors import NonFiniteError, ParameterError, warn
 from bilevel.functional import FunctionObjective, Objective, PassCount, leaves, transform_errors
 from bilevel.hypergrad import Estimator, InnerProblem, as_estimator
 from bilevel.hypergrad.base import refuse_without_state
@@ -150,7 +149,7 @@ class _Call:
         """Warns of a solve that failed."""
         if info.status.failed:
             text = f"derivative of solver {self.name!r}: {info.explain()}"
-            warnings.warn(text, BilevelWarning, stacklevel=3)
+            warn(text)
 
     def objective(self, outer: Tensors, active: tuple[int, ...]) -> Objective:
         """Returns the inner loss as a function of the inner and of the ``active`` outer variables."""

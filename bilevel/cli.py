@@ -284,7 +284,8 @@ def _print_summary(
         info = result.solves.get(name)
         solve = ("", "", "")
         if info is not None:
-            solve = (info.method, info.status.value, "" if math.isnan(info.residual) else f"{info.residual:.1e}")
+            residual = "" if math.isnan(info.residual) else f"{info.residual:.1e}"
+            solve = (info.method, info.status.shown or "–", residual)
         loss, size = (values.get(name, math.nan) for values in (result.losses, result.gradient_norms))
         table.add_row(name, f"{loss:.4g}", f"{size:.2e}", *solve)
     console.print(table)

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import typing
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Generic, NoReturn, TypeVar, overload
@@ -19,7 +18,7 @@ from typing import Any, Generic, NoReturn, TypeVar, overload
 import pydantic
 import pydantic_core
 
-from bilevel.errors import BilevelError, BilevelWarning, ConfigError, UnknownNameError, unknown_name
+from bilevel.errors import BilevelError, ConfigError, UnknownNameError, unknown_name, warn
 from bilevel.hypergrad import Estimator, Neumann, as_estimator, available_methods
 from bilevel.schema import (
     MAPPINGS,
@@ -173,11 +172,9 @@ def _choose_method(source: Source, override: Override, path: KeyPath, declared: 
     dropped = {key: value for key, value in section.items() if key != "method"}
     new = _canonical(str(override.value))
     if dropped and new in available_methods() and new != _canonical(str(old)):
-        warnings.warn(
+        warn(
             f"{override} replaces method {old!r} of {source.name}; the settings of that one are dropped: "
             + ", ".join(f"{key}={value!r}" for key, value in dropped.items()),
-            BilevelWarning,
-            stacklevel=4,
         )
         for key in dropped:
             del section[key]

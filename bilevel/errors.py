@@ -8,8 +8,12 @@ what was expected, what came, and what to do.
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable
 
+import torch
 from torch import OutOfMemoryError as TorchOutOfMemoryError
 
 __all__ = [
@@ -28,7 +32,14 @@ __all__ = [
     "SolveTimeoutError",
     "UnknownNameError",
     "unknown_name",
+    "warn",
 ]
+
+_PACKAGES = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_INSIDE = (
+    *(os.path.join(_PACKAGES, name, "") for name in ("bilevel", "bidora")),
+    os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), ""),
+)
 
 
 class BilevelError(Exception):
@@ -103,3 +114,15 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> UnknownNameErr
     match = difflib.get_close_matches(name, known, n=1)
     hint = f": did you mean {match[0]!r}?" if match else "."
     return UnknownNameError(f"unknown {kind} {name!r}{hint} Choices: {', '.join(map(repr, known)) or 'none'}")
+
+
+def warn(text: str) -> None:
+    """Warns with a :class:`BilevelWarning` at the line of the user's own code that led here: ``engine.run()``, say.
+
+    Args:
+        text: What to say.
+    """
+    level, frame = 2, sys._getframe().f_back
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, BilevelWarning, stacklevel=level)

@@ -120,7 +120,8 @@ def _located(path: Path) -> Iterator[None]:
     except SyntaxError as error:
         raise RecipeError(f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}") from error
     except Exception as error:
-        raise RecipeError(f"{place_in(path, error) or path}: {type(error).__name__}: {error}") from error
+        notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
+        raise RecipeError(f"{place_in(path, error) or path}: {type(error).__name__}: {error}{notes}") from error
 
 
 def place_in(path: Path, error: BaseException) -> str:

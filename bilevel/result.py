@@ -29,6 +29,11 @@ class Status(enum.Enum):
         return _REMEDIES[self]
 
     @property
+    def shown(self) -> str:
+        """The status on a display; empty where nothing was solved, since "not applicable" reads like a refusal."""
+        return "" if self is Status.NOT_APPLICABLE else str(self.value)
+
+    @property
     def failed(self) -> bool:
         """Whether the answer should not be trusted as a solution of its system.
 
@@ -92,9 +97,15 @@ class SolveInfo:
         remedy = f" — {self.status.remedy}" if self.status.remedy else ""
         message = f" ({self.message})" if self.message else ""
         bound = "" if self.error_bound is None else f", error at most {self.error_bound:.2e} ({self.error_bound_basis})"
-        return (
-            f"{self.method}: {self.status.value} after {self.iterations} iterations{residual}{bound}{message}{remedy}"
-        )
+        return f"{self.method}: {self._ended()}{residual}{bound}{message}{remedy}"
+
+    def _ended(self) -> str:
+        plural = "" if self.iterations == 1 else "s"
+        if self.status is Status.NOT_APPLICABLE:
+            return f"{self.iterations} step{plural}, no system to solve" if self.iterations else "no system to solve"
+        if not self.iterations and math.isnan(self.residual):
+            return str(self.status.value)
+        return f"{self.status.value} after {self.iterations} iteration{plural}"
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from bilevel.errors import ConfigError
 from bilevel.hypergrad import ConjugateGradient, Estimator, as_estimator
 from bilevel.implicit_function import obstacle
 from bilevel.interrupt import STOP_SIGNALS, check_signals
-from bilevel.validation import check_choice, check_integer, check_number
+from bilevel.validation import NamedArguments, check_choice, check_integer, check_number
 
 __all__ = ["EngineConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(NamedArguments):
     """How an :class:`~bilevel.Engine` runs. Immutable; validated when made.
 
     Attributes:

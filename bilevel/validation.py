@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from bilevel.errors import ConfigError, unknown_name
 
-__all__ = ["check_choice", "check_integer", "check_number"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["NamedArguments", "check_choice", "check_integer", "check_number"]
+
+
+class NamedArguments:
+    """Base of classes that name the arguments they have where one is misspelt; Python names the wrong one only.
+
+    A class whose constructor passes ``**settings`` on is not asked: what they are is known further up.
+
+    Example:
+        >>> class Solver(NamedArguments):
+        ...     def __init__(self, *, terms=10, rtol=0.0): ...
+        >>> Solver(term=3)
+        Traceback (most recent call last):
+            ...
+        bilevel.errors.UnknownNameError: unknown argument of Solver 'term': did you mean 'terms'? Choices: 'rtol', ...
+    """
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """Refuses a misspelt argument."""
+        if cls.__init__ is object.__init__ and (args or named):  # which would take anything beside another __new__
+            raise TypeError(f"{cls.__name__}() takes no arguments")
+        if named:
+            _, *parameters = inspect.signature(cls.__init__).parameters.values()
+            kinds = {parameter.kind for parameter in parameters}
+            known = [parameter.name for parameter in parameters]
+            unknown = [name for name in named if name not in known]
+            if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+                raise unknown_name(f"argument of {cls.__name__}", unknown[0], known)
+        return super().__new__(cls)
 
 
 def check_number(

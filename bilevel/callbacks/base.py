@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bilevel.hooks import check_hooks
+from bilevel.validation import NamedArguments
 
 if TYPE_CHECKING:
     from bilevel.engine import Engine
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Callback"]
 
 
-class Callback:
+class Callback(NamedArguments):
     """Watches a run: override the hooks you need, hand an instance to ``Engine(callbacks=[...])``.
 
     A method whose name starts with ``on_`` but is no hook of this class is an error when the class is defined. What a

@@ -115,7 +115,8 @@ class Progress(Callback):
         losses = "  ".join(f"{name} {_number(result.losses, name, '.4g')}" for name in engine.problems)
         norms = "  ".join(f"{name} {_number(result.gradient_norms, name, '.2e')}" for name in engine.problems)
         solves = "; ".join(
-            f"{info.method} {info.status.value}{_residual(info, ' residual ')}" for info in result.solves.values()
+            " ".join(filter(None, (info.method, info.status.shown, _residual(info, "residual "))))
+            for info in result.solves.values()
         )
         skipped = f" | skipped: {result.skipped} not finite" if result.skipped else ""
         return (
@@ -150,7 +151,7 @@ def _problems(engine: Engine, result: StepResult) -> Table:
         method, status, residual = "", _cell(""), ""
         if info is not None:
             method, residual = info.method, _residual(info)
-            status = _cell(info.status.value, "red" if info.status.failed else "")
+            status = _cell(info.status.shown or "–", "red" if info.status.failed else "")
         if result.skipped == name:
             status = _cell("skipped: not finite", "red")
         table.add_row(_cell(name), loss, size, _cell(method), status, residual)

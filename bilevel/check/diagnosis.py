@@ -86,7 +86,7 @@ class Diagnosis:
         outer_kink: Whether F has a kink at the point.
         disconnected: Outer parameters on which neither F nor any inner gradient depends.
         unseen: Parameters that change F or an inner gradient, while autograd finds no way from them.
-        unused: Inner parameters that F does not depend on.
+        unused: Inner parameters that neither F nor a loss below depends on.
     """
 
     levels: tuple[LevelDiagnosis, ...]
@@ -253,12 +253,15 @@ def _connections(
             if not moves or not reached[place]:
                 names["unseen" if moves else "disconnected"].append(name)
     inner = ((level, place) for level in nested.levels for place in range(len(level.inner)))
+    read = {name for level in nested.levels for name in level.above}  # by a level below, whose response F may depend on
     for (level, place), part, path in zip(inner, to_inner, paths, strict=False):
         if not bool(part.any()):
             moves = not noisy and _moves(nested, level.name, place, outer_only=True)
-            if not moves or not path:
-                prefix = f"{level.name}." if len(nested.levels) > 1 else ""
-                names["unseen" if moves else "unused"].append(prefix + level.names[place])
+            prefix = f"{level.name}." if len(nested.levels) > 1 else ""
+            if moves and not path:
+                names["unseen"].append(prefix + level.names[place])
+            elif not moves and level.name not in read:
+                names["unused"].append(prefix + level.names[place])
     return tuple(names["disconnected"]), tuple(names["unseen"]), tuple(names["unused"])
 
 

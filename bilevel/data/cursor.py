@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from bilevel.data.position import Anchor, Position
 from bilevel.data.source import Source
-from bilevel.errors import BilevelWarning, DataError
+from bilevel.errors import DataError, warn
 from bilevel.interrupt import signals_kept_from_children
 
 __all__ = ["Cursor"]
@@ -117,7 +116,7 @@ class Cursor:
         caveat = self._source.caveat(position.epoch) if position.drawn else ""
         if caveat:
             message = f"data of problem {self._name!r}: going back may give other batches than the first time: {caveat}"
-            warnings.warn(message, BilevelWarning, stacklevel=2)
+            warn(message)
         return True
 
     def _begin_next(self, at: Position) -> Position:

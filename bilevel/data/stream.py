@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bilevel.data.cursor import Cursor
@@ -38,7 +39,7 @@ class BatchStream:
         seed: Seed of the order.
 
     Raises:
-        DataError: ``source`` is not iterable.
+        DataError: ``source`` is not iterable, or looks like the parts of one batch.
     """
 
     def __init__(self, source: Iterable[Any] | None, name: str, seed: int) -> None:
@@ -46,6 +47,11 @@ class BatchStream:
             raise DataError(
                 f"data of problem {name!r} must be a DataLoader or another iterable of batches, not "
                 f"{type(source).__name__}"
+            )
+        if isinstance(source, tuple) and _one_batch(source):
+            raise DataError(
+                f"data of problem {name!r} is a tuple of {len(source)} tensors of one length, which would be that many "
+                "batches: pass [(x, y)] for one batch of all examples, or a DataLoader"
             )
         self.name = name
         self._source = None if source is None else _as_source(source)
@@ -184,6 +190,12 @@ class BatchStream:
                 f"checkpoint was written and is by {self._source.num_workers} now: its state is that "
                 f"of its workers. Set num_workers={position.anchor.num_workers}."
             )
+
+
+def _one_batch(parts: tuple[Any, ...]) -> bool:
+    """Whether a tuple looks like the inputs and targets of the same examples rather than like batches."""
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.dim()]
+    return 1 < len(parts) == len(tensors) and len({len(part) for part in tensors}) == 1
 
 
 def _as_source(source: Iterable[Any]) -> Source:

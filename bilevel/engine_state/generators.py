@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.engine_state.part import Part, count
-from bilevel.errors import BilevelWarning
+from bilevel.errors import warn
 from bilevel.randomness import capture, generator_devices, restore
 
 if TYPE_CHECKING:
@@ -66,11 +65,9 @@ def _put(engine: Engine, saved: Mapping[str, Any]) -> None:
     own = capture(generator_devices(p for problem in engine.problems.values() for p in problem.parameters))
     states = saved["torch"]
     if set(states) != set(own):
-        warnings.warn(
+        warn(
             f"the checkpoint holds the random generators of {', '.join(states)}; this engine draws from "
             f"{', '.join(own)}: the run goes on, but not bit for bit as it would have",
-            BilevelWarning,
-            stacklevel=2,
         )
     restore({device: states[device] for device in own if device in states})
     kind, keys, position, has_gauss, gauss = saved["numpy"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilevel.checkpoint import DamagedError, MissingError, damaged_files, entries
-from bilevel.errors import BilevelWarning, CheckpointError
+from bilevel.errors import CheckpointError, warn
 
 if TYPE_CHECKING:
     from bilevel.engine import Engine
@@ -57,4 +56,4 @@ def resume_engine(engine: Engine, folder: str | os.PathLike[str]) -> int | None:
 
 
 def _warn(text: str, lines: list[str]) -> None:
-    warnings.warn("\n  ".join([text, *lines]), BilevelWarning, stacklevel=3)
+    warn("\n  ".join([text, *lines]))

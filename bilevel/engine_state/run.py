@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.engine_state.part import Part, copied, count
-from bilevel.errors import BilevelWarning
+from bilevel.errors import warn
 
 if TYPE_CHECKING:
     from bilevel.callbacks import Callback
@@ -250,9 +249,7 @@ def _put_callbacks(engine: Engine, saved: list[Any]) -> None:
     if fresh or gone:
         parts = [f"{', '.join(sorted(gone))}: saved and not used"] if gone else []
         parts += [f"{', '.join(fresh)}: not in the checkpoint, starting afresh"] if fresh else []
-        warnings.warn(
-            f"callbacks differ from those of the checkpoint: {'; '.join(parts)}", BilevelWarning, stacklevel=2
-        )
+        warn(f"callbacks differ from those of the checkpoint: {'; '.join(parts)}")
     for callback, state in pairs:
         callback.load_state_dict(copied(state))
 

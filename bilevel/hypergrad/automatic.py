@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from bilevel.double_backward import NoSecondDerivativeError
-from bilevel.errors import BilevelWarning
+from bilevel.errors import warn
 from bilevel.functional import gradient
 from bilevel.hypergrad.base import Estimator, InnerProblem, Pullback, Response, State, negative
 from bilevel.hypergrad.mixed_product import IdentityResponse, MixedProduct
@@ -104,10 +103,8 @@ class _AutomaticResponse(Response):
         return self._reported("exact mixed product", exact, state)
 
     def _warn(self, reason: str) -> None:
-        warnings.warn(
+        warn(
             f"method 'auto' takes central differences: the loss of {self.problem.objective.name} {reason} (said once)",
-            BilevelWarning,
-            stacklevel=3,
         )
 
     def _exceeds_rounding(self, central: MixedProduct, cotangent: Tensors) -> bool:

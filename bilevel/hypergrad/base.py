@@ -14,6 +14,7 @@ from bilevel.errors import ConfigError
 from bilevel.functional import Objective
 from bilevel.optim import Update
 from bilevel.result import SolveInfo
+from bilevel.validation import NamedArguments
 from bilevel.vector import Tensors
 from bilevel.vector import negative as _negative
 
@@ -135,7 +136,7 @@ class Response(ABC):
 
 
 @dataclass(frozen=True)
-class Estimator(ABC):
+class Estimator(NamedArguments, ABC):
     """A way to differentiate through an inner problem: an immutable, validated dataclass that is its own configuration.
 
     A subclass declares its fields and :meth:`respond`; it is abstract or final. To make it selectable by name,

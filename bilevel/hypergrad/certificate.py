@@ -12,7 +12,7 @@ import torch
 
 from bilevel.errors import ConfigError, unknown_name
 from bilevel.linear import Operator, estimate_spectrum
-from bilevel.validation import check_integer, check_number
+from bilevel.validation import NamedArguments, check_integer, check_number
 from bilevel.vector import Tensors, norm, promote, subtract
 
 __all__ = ["Bound", "Certificate", "as_certificate"]
@@ -36,7 +36,7 @@ class Bound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Certificate:
+class Certificate(NamedArguments):
     """What is known of the losses, and asks for an error bound with every solve.
 
     For a μ-strongly convex inner loss let ``r = H q − v`` (of the undamped Hessian), ``B = ∂²f/∂λ∂w`` and ``e = ‖∂f/∂w‖

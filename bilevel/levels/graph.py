@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import warnings
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel.double_backward import refuse_obstacles, second_derivative_errors
-from bilevel.errors import BilevelWarning, GraphError, LossError, ParameterError
+from bilevel.errors import BilevelError, GraphError, LossError, ParameterError, warn
 from bilevel.functional import leaves
 from bilevel.problems.base import Problem
 from bilevel.randomness import generator_devices, preserved
@@ -193,22 +193,33 @@ def examine(problem: Problem, problems: Sequence[Problem], slots: ParameterSlots
 
     Cost: 2 forward passes and 1 backward pass.
     """
-    with _generators_kept(p for other in problems for p in other.parameters):
+    with _generators_kept(p for other in problems for p in other.parameters), _noted(problem.name):
         reading, value = _read_at_copies(problem, problems, slots, batch)
     kept = _generators_kept(p for other in problems for p in other.parameters)
     with kept, slots.buffers_protected(), torch.enable_grad():
         here = problem.evaluate_loss(batch)[0].detach()
     tolerance = min(1e3 * torch.finfo(here.dtype).eps, 0.05)
     if not torch.allclose(here, value.to(here.dtype), rtol=tolerance, atol=tolerance**2, equal_nan=True):
-        warnings.warn(
+        warn(
             f"the loss of problem {problem.name!r} is {float(value):.6g} at copies of the parameters and "
             f"{float(here):.6g} at the parameters themselves: it asks them for more than their values (their class, "
             "identity, or an attribute of their own), which hypergradients at other values leave out; or it keeps a "
             "state of its own. Select parameters by their names or modules",
-            BilevelWarning,
-            stacklevel=2,
         )
     return reading
+
+
+@contextmanager
+def _noted(name: str) -> Iterator[None]:
+    """Lets an error of the user's loss say whose loss it was, where Python has notes; ours say so themselves."""
+    try:
+        yield
+    except BilevelError:
+        raise
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(f"In the loss of problem {name!r}, evaluated once to see which parameters reach it.")
+        raise
 
 
 @contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 from bilevel import distributed
-from bilevel.errors import BilevelWarning, ConfigError, unknown_name
+from bilevel.errors import ConfigError, unknown_name, warn
 from bilevel.hypergrad import SAMA, Estimator
 from bilevel.hypergrad.inner_updates import InnerUpdates
 from bilevel.levels.graph import Dependencies
@@ -164,9 +163,7 @@ def _check_function_fields(problem: Problem, estimator: Estimator) -> None:
             f"optimizer={estimator.optimizer!r} out"
         )
     if estimator.learning_rate is not None:
-        warnings.warn(
+        warn(
             f"{kind}.learning_rate is not used in an engine: the optimizer of problem {problem.name!r} made the "
             "updates",
-            BilevelWarning,
-            stacklevel=2,
         )

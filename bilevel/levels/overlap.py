@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 from bilevel.data.overlap import shared_examples
-from bilevel.errors import BilevelWarning
+from bilevel.errors import warn
 from bilevel.levels.graph import Dependencies
 from bilevel.problems.base import Problem
 
@@ -24,10 +23,8 @@ def warn_of_shared_examples(problems: Mapping[str, Problem], dependencies: Depen
             if shared is None or not len(shared):
                 continue
             few = ", ".join(str(int(index)) for index in shared[:3]) + (", …" if len(shared) > 3 else "")
-            warnings.warn(
+            warn(
                 f"problems {outer!r} and {inner!r} draw the same examples, {len(shared)} of them (indices {few}): "
                 f"{outer!r} then judges {inner!r} by what that was fitted to, and learns to overfit. Give them "
                 "disjoint parts, as torch.utils.data.random_split makes them",
-                BilevelWarning,
-                stacklevel=2,
             )

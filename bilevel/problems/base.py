@@ -19,7 +19,7 @@ from bilevel.functional import loss_and_outputs
 from bilevel.hooks import check_hooks
 from bilevel.hypergrad import Estimator, as_estimator
 from bilevel.stepper import Scheduler, Stepper
-from bilevel.validation import check_integer, check_number
+from bilevel.validation import NamedArguments, check_integer, check_number
 from bilevel.vector import Tensors
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ __all__ = ["Problem", "select_parameters"]
 ParameterSelection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
 
-class Problem(ABC):
+class Problem(NamedArguments, ABC):
     """One level: a module, a loss, and how its parameters are updated.
 
     Subclass it and write :meth:`loss`. Inside, other problems of the same engine are attributes by their names, and
@@ -183,13 +183,13 @@ class Problem(ABC):
         """
         return values
 
-    def on_run_start(self, steps: int) -> None:  # noqa: B027 (a hook: empty on purpose)
+    def on_run_start(self, steps: int) -> None:
         """Called when ``Engine.run`` starts, with the number of outer steps to take."""
 
-    def on_step_start(self) -> None:  # noqa: B027 (a hook: empty on purpose)
+    def on_step_start(self) -> None:
         """Called before every outer step."""
 
-    def on_step_end(self, result: StepResult) -> None:  # noqa: B027 (a hook: empty on purpose)
+    def on_step_end(self, result: StepResult) -> None:
         """Called after every outer step."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -349,10 +349,14 @@ def select_parameters(name: str, module: nn.Module, selection: ParameterSelectio
             key: p for key, p in trainable.items() if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
         }
     if not chosen:
-        raise ParameterError(
-            f"problem {name!r} owns no trainable parameter: of {len(trainable)} in its module the selection took none. "
-            "Check params= and requires_grad."
-        )
+        held = [key for key, _ in module.named_parameters()]
+        if not held:
+            why = f"its module, a {type(module).__name__}, has no parameters"
+        elif not trainable:
+            why = f"none of the {len(held)} in its module has requires_grad ({held[0]!r} and so on)"
+        else:
+            why = f"params= took none of the {len(trainable)} in its module: {', '.join(map(repr, trainable))}"
+        raise ParameterError(f"problem {name!r} owns no trainable parameter: {why}")
     return chosen
 
 

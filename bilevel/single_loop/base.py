@@ -18,7 +18,7 @@ from bilevel.hypergrad.soba import SOBA
 from bilevel.hypergrad.stochastic import Answer, Batches
 from bilevel.single_loop.problem import Counts, FiniteSum, Oracles
 from bilevel.structure import Structure, flatten
-from bilevel.validation import check_integer, check_number
+from bilevel.validation import NamedArguments, check_integer, check_number
 from bilevel.vector import Tensors, axpy
 
 __all__ = ["Method", "Point", "State", "Update"]
@@ -116,7 +116,7 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Method(NamedArguments, ABC):
     """Base of the single-loop methods: an immutable, validated dataclass with two pure functions.
 
     Step t (from 0) has the lengths ``inner_step (t + 1)^(−inner_decay)`` for w, likewise for q and λ.
