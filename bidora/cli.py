@@ -17,7 +17,7 @@ from rich.text import Text
 
 from bidora.settings import TrainSettings, resolve_device
 from bilevel import BilevelError, dump_config, load_config
-from bilevel.errors import ConfigError
+from bilevel.errors import ConfigError, DataError
 
 __all__ = ["app", "main"]
 
@@ -104,16 +104,21 @@ def evaluate(
     loaded = load_adapter(adapter, model)
     card = loaded.card
     own = data is None or data == card["data"]
-    text = load_text_data(
-        str(data or card["data"]),
-        text_columns=card["text_columns"] if own else None,
-        label_column=card["label_column"] if own else None,
-        label_names=card["label_names"],
-        subset=card.get("subset") if own else None,
-        max_rows=max_rows,
-        drop_missing=card["settings"].get("drop_missing", False),
-        seed=card["settings"]["seed"],
-    )
+    try:
+        text = load_text_data(
+            str(data or card["data"]),
+            text_columns=card["text_columns"] if own else None,
+            label_column=card["label_column"] if own else None,
+            label_names=card["label_names"],
+            subset=card.get("subset") if own else None,
+            max_rows=max_rows,
+            drop_missing=card["settings"].get("drop_missing", False),
+            seed=card["settings"]["seed"],
+        )
+    except DataError as error:
+        if data is None:
+            raise DataError(f"{error} These are the data that {adapter} was trained on; --data names others") from error
+        raise
     metrics = evaluate_model(loaded.model, loaded.tokenizer, tokenize(text.test, loaded.tokenizer, card["max_length"]))
     baseline = majority_baseline(text.train["labels"], text.test["labels"])
     console.print(f"{len(text.test)} test rows ({text.test_origin})")
@@ -178,7 +183,7 @@ def analyze(
         for name in ("layer", "ΔM", "ΔD"):
             table.add_column(name, justify="left" if name == "layer" else "right")
         for layer in change.layers:
-            table.add_row(layer.name, f"{layer.magnitude:.4f}", f"{layer.direction:.4f}")
+            table.add_row(layer.name, f"{layer.magnitude:.3g}", f"{layer.direction:.3g}")
         console.print(table)
         console.print(f"slope of ΔM on ΔD {change.slope:.3f}, correlation {change.correlation:.3f}")
     if plot is not None:

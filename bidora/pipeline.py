@@ -211,13 +211,28 @@ def load_base(folder: str | Path, base: str | None = None) -> PreTrainedModel:
 def _read_card(path: Path) -> tuple[dict[str, Any], dict[int, str]]:
     card_file = path / CARD
     if not card_file.is_file():
-        raise DataError(f"{path} holds no {CARD}: expected a folder that `bidora train` wrote (its 'adapter' folder)")
+        raise DataError(f"{path} {_why_no_card(path)}")
     try:
         card = json.loads(card_file.read_text(encoding="utf-8"))
         names = {place: str(name) for place, name in enumerate(card["label_names"])}
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{card_file} is damaged: {error!r}") from error
     return card, names
+
+
+def _why_no_card(path: Path) -> str:
+    expected = "expected a folder that `bidora train` wrote (its 'adapter' folder"
+    if not path.is_dir():
+        return f"is no folder: {expected})"
+    if (path / "adapter" / CARD).is_file():
+        return f"holds no {CARD}: {expected}: {path / 'adapter'})"
+    if (path / "adapter_config.json").is_file():
+        return (
+            f"holds no {CARD}, which `bidora train` writes: this adapter was saved from Python. There, "
+            "peft.PeftModel.from_pretrained loads it, merge_and_unload() merges it, and bidora.weight_decomposition "
+            "says how far it moved"
+        )
+    return f"holds no {CARD}: {expected})"
 
 
 def _adapted(settings: TrainSettings, text: TextData) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -140,12 +140,26 @@ def test_cuda_where_there_is_none(tmp_path, capsys):
     assert "torch sees no CUDA device" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_an_adapter_folder_that_is_none(tmp_path, capsys):
-    assert run("evaluate", tmp_path) == 2
-    assert "holds no bidora.json" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+@pytest.mark.parametrize("command", ["evaluate", "merge", "analyze"])
+@pytest.mark.parametrize(
+    ("holds", "message"),
+    [
+        (None, "is no folder: expected a folder that `bidora train` wrote"),
+        ("unknown.txt", "holds no bidora.json: expected a folder that `bidora train` wrote"),
+        ("adapter/bidora.json", "(its 'adapter' folder: {}/adapter)"),
+        ("adapter_config.json", "saved from Python. There, peft.PeftModel.from_pretrained loads it"),
+    ],
+)
+def test_an_adapter_folder_that_is_none(command, holds, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # short paths: the panel breaks long ones
+    if holds:
+        (Path("given") / holds).parent.mkdir(parents=True)
+        (Path("given") / holds).touch()
+    assert run(command, "given", *(["--output", "out"] if command == "merge" else [])) == 2
+    assert message.format("given") in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_a_file_of_one_s_own(tmp_path):
+def test_a_file_of_one_s_own(tmp_path, capsys):
     lines = ["review,stars"] + [
         f"it is {'good' if i % 2 else 'bad'} number {i},{'up' if i % 2 else 'down'}" for i in range(20)
     ]
@@ -155,3 +169,7 @@ def test_a_file_of_one_s_own(tmp_path):
     card = json.loads((tmp_path / "out" / "adapter" / "bidora.json").read_text())
     assert card["label_names"] == ["down", "up"]
     assert run("evaluate", tmp_path / "out" / "adapter") == 0
+    (tmp_path / "mine.csv").unlink()
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "out" / "adapter") == 2
+    assert "was trained on; --data names others" in " ".join(capsys.readouterr().err.replace("│", " ").split())
