@@ -409,7 +409,7 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for block in (block for block in EVERY_BLOCK if block.page == page):
         if is_command_block(block):
             run_commands(block, followed_by_output(block))
-        elif block.language in SETTINGS and (named := re.match(r"# (\w+\.(toml|yaml|json))", block.text)):
+        elif block.language not in (None, OUTPUT) and (named := re.match(r"# (\w+\.(toml|yaml|json|py))", block.text)):
             Path(named[1]).write_text(block.text, encoding="utf-8")
 
 
