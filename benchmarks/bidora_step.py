@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from benchmarks.dora_gpu import STACKS, table, times
 from benchmarks.options import add_append, add_clock, add_results, carry_out, earlier, keep, named, new_parser
 from benchmarks.peers.memory import peak_bytes
 from benchmarks.peers.reference import flat
+from benchmarks.peers.report import about, conditions
 from benchmarks.peers.timing import median, ratio, rotated, timed
 from benchmarks.peers.verdict import cosine, error
 from benchmarks.peers.worker import as_array
@@ -170,8 +172,7 @@ def lines_of(document: Mapping[str, Any]) -> list[str]:
         lines += [f"**{title(result['setting'], document)}**", "", *table(shown), ""]
         if result["out_of_memory"]:
             lines += [f"Out of memory: {'; '.join(result['out_of_memory'])}.", ""]
-    told = (f"torch {document['torch']}", f"{document['rounds']} rounds", document.get("clock"), document.get("date"))
-    return [*lines, ", ".join(filter(None, told)) + "."]
+    return [*lines, f"{document['rounds']} rounds, {conditions(document)}."]
 
 
 def cells(row: Mapping[str, Any], by_hand: float | None) -> dict[str, str]:
@@ -189,7 +190,7 @@ def cells(row: Mapping[str, Any], by_hand: float | None) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--shape", nargs="+", choices=["minilm", *STACKS], default=["minilm"])
     parser.add_argument("--rank", type=int, default=8)
@@ -208,25 +209,18 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory on the CPU too, by the profiler")
     add_clock(parser, rounds=7)
     add_results(parser)
-    arguments = parser.parse_args()
-    carry_out(arguments, lambda: run(arguments), lines_of)
+    given = list(sys.argv[1:] if given is None else given)
+    arguments = parser.parse_args(given)
+    carry_out(arguments, lambda: run(arguments, given), lines_of)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     """Measures, prints the tables and keeps what is to be kept, table by table."""
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     name = named("bidora_step", arguments.device)
-    document: dict[str, Any] = {
-        "device": device,
-        "torch": torch.__version__,
-        "rounds": arguments.rounds,
-        "threads": arguments.threads,
-        "clock": "processor time" if arguments.cpu_time else "wall clock",
-        "date": time.strftime("%Y-%m-%d"),
-        "results": earlier(name, arguments).get("results", []),
-    }
+    results, begun = earlier(name, arguments).get("results", []), time.perf_counter()
     for shape in arguments.shape:
         small = shape == "minilm"
         for tokens in arguments.tokens or ["16x96" if small else "4x512"]:
@@ -235,8 +229,10 @@ def run(arguments: argparse.Namespace) -> None:
             gamma = arguments.gamma if arguments.gamma is not None else 1e-5 if small else 0.0
             setting = Setting(shape, arguments.rank, batch, length, arguments.device, rate, gamma)
             started = time.perf_counter()
-            document["results"].append(measure(setting, arguments))
-            print(*lines_of({**document, "results": document["results"][-1:]}), sep="\n", flush=True)
+            results.append(measure(setting, arguments))
+            told = about(given, time.perf_counter() - begun, arguments, "benchmarks.bidora_step")
+            document = {"device": device, **told, "results": results}
+            print(*lines_of({**document, "results": results[-1:]}), sep="\n", flush=True)
             print(f"({time.perf_counter() - started:.0f} s)", flush=True)
             keep(name, document, arguments)
 

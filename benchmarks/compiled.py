@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.options import add_comparison, carry_out, keep, named, new_parser
+from benchmarks.options import add_comparison, carry_out, named, new_parser, show_and_keep
 from benchmarks.peers.environments import find
 from benchmarks.peers.protocol import Remote, WorkerError
-from benchmarks.peers.report import about, conditions, lines_of, scientific
+from benchmarks.peers.report import about, lines_of, scientific
 from benchmarks.peers.side import Method, NotOffered
 from benchmarks.peers.timing import median, ratio, rotated
 from benchmarks.peers.verdict import error
@@ -189,13 +189,10 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> None:
     started = time.perf_counter()
     rows = measure(options)
     told = about(given, time.perf_counter() - started, options, "benchmarks.compiled")
-    lines = []
-    for workload in dict.fromkeys(row.workload for row in rows):
-        lines += [*table([row for row in rows if row.workload == workload]), ""]
-    lines.append(f"{conditions(told)}.")
-    print("\n".join(lines))
+    tables = [table([row for row in rows if row.workload == name]) for name in dict.fromkeys(r.workload for r in rows)]
+    lines = [line for lines in tables for line in ("", *lines)][1:]
     result = {"about": told, "lines": lines, "rows": [asdict(row) for row in rows]}
-    keep(named("compiled", options.device), result, options)
+    show_and_keep(named("compiled", options.device), "Compiled solves", result, lines_of(result), options)
 
 
 if __name__ == "__main__":

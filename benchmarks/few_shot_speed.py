@@ -18,7 +18,8 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import platform
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from benchmarks.options import add_append, add_clock, add_results, carry_out, earlier, keep, named, new_parser
-from benchmarks.peers.report import processor
+from benchmarks.peers.report import about, conditions
 from benchmarks.peers.timing import median, ratio, rotated, timed
 from bilevel import ConjugateGradient, Engine, EngineConfig, Unrolled
 from bilevel.problems import Adaptation, MetaLearner, TaskBatch
@@ -324,27 +325,13 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 def lines_of(result: Mapping[str, Any]) -> list[str]:
     """Returns what the page shows of a device."""
-    about = result["about"]
-    text = [f"{about['machine']}, torch {about['torch']}:"]
+    text = [f"{conditions(result['about'])}:"]
     for title, rows in result["tables"].items():
         text += ["", f"**{title}**", "", *lines([Row(**row) for row in rows])]
     return text
 
 
-def about(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns where and how it was measured."""
-    device = torch.device(arguments.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
-    clock = "processor time" if arguments.cpu_time else "wall time"
-    return {
-        "machine": f"{name}, {threads}, {clock}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--problem", nargs="+", choices=tuple(RATES), default=[*RATES])
     parser.add_argument("--tasks", nargs="+", type=int, default=[64])
@@ -353,16 +340,17 @@ def main() -> None:
     add_append(parser)
     add_clock(parser, rounds=7)
     add_results(parser)
-    arguments = parser.parse_args()
-    carry_out(arguments, lambda: run(arguments), lines_of)
+    given = list(sys.argv[1:] if given is None else given)
+    arguments = parser.parse_args(given)
+    carry_out(arguments, lambda: run(arguments, given), lines_of)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     """Measures, prints the tables and keeps what is to be kept, case by case."""
     torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     name = named("few_shot_speed", arguments.device)
-    tables = earlier(name, arguments).get("tables", {})
+    tables, started = earlier(name, arguments).get("tables", {}), time.perf_counter()
     for problem in arguments.problem:
         for tasks in arguments.tasks:
             for steps in arguments.steps:
@@ -370,7 +358,8 @@ def run(arguments: argparse.Namespace) -> None:
                 rows = measure(case, arguments.rounds, cpu_time=arguments.cpu_time, every=arguments.every)
                 tables[case.title()] = [vars(row) for row in rows]
                 print(f"\n{case.title()}\n", *lines(rows), sep="\n", flush=True)
-                keep(name, {"device": arguments.device, "about": about(arguments), "tables": tables}, arguments)
+                told = about(given, time.perf_counter() - started, arguments, "benchmarks.few_shot_speed")
+                keep(name, {"device": arguments.device, "about": told, "tables": tables}, arguments)
 
 
 if __name__ == "__main__":

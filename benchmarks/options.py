@@ -22,6 +22,7 @@ __all__ = [
     "measures",
     "named",
     "new_parser",
+    "show_and_keep",
 ]
 
 
@@ -98,6 +99,14 @@ def keep(name: str, result: Mapping[str, Any], options: argparse.Namespace) -> N
         save(name, result)
     if options.json is not None:
         save(name, result, options.json)
+
+
+def show_and_keep(
+    name: str, title: str, result: Mapping[str, Any], lines: Sequence[str], options: argparse.Namespace
+) -> None:
+    """Prints a result's lines below a title, and writes it where ``--save`` and ``--json`` want it."""
+    print(f"## {title}", "", *lines, "", sep="\n", flush=True)
+    keep(name, result, options)
 
 
 def earlier(name: str, options: argparse.Namespace) -> dict[str, Any]:

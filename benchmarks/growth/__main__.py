@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.growth.axes import AXES, Axis, Line, Run
 from benchmarks.growth.report import draw, lines_of, name_on_page, shown
-from benchmarks.options import add_clock, add_environments, add_results, carry_out, keep, new_parser
+from benchmarks.options import add_clock, add_environments, add_results, carry_out, new_parser, show_and_keep
 from benchmarks.pages.results import PAGES, kept
 from benchmarks.peers.environments import LIBRARIES, find
 from benchmarks.peers.report import about, complain
@@ -85,9 +85,7 @@ def run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str])
         found = measure(name, pythons, absent, settings)
         told = about(given, time.perf_counter() - started, settings, "benchmarks.growth")
         result = {"about": told, "axis": name, "device": options.device, **found}
-        text = "\n".join([f"## {AXES[name].title}", "", *lines_of(result), ""])
-        print(text, flush=True)
-        keep(name_on_page(name, options.device), result, options)
+        show_and_keep(name_on_page(name, options.device), AXES[name].title, result, lines_of(result), options)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, names))

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.growth.axes import AXES, Run
 from benchmarks.options import named
 from benchmarks.peers.environments import LIBRARIES
-from benchmarks.peers.report import conditions, plain, scientific, versions_of
+from benchmarks.peers.report import ending, plain, scientific
 
 __all__ = ["Fit", "draw", "fit", "lines_of", "name_on_page", "shown"]
 
@@ -135,7 +135,7 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     told = result["about"]
     problem = axis.problem[Run(told["size"], result["device"]).key]
-    lines += ["", f"Problem: {problem}. {conditions(told)}{versions_of(result)}."]
+    lines += ["", ending(result, f"Problem: {problem}")]
     notes = [f"{name_of(line)}: {stopped(line)}." for line in result["rows"] if line["stopped"] and drawn(line)]
     notes += [f"Not drawn: {name_of(line)}: {why_not(line)}." for line in result["rows"] if not drawn(line)]
     notes += [f"{NAMES[library]}: {why}." for library, why in result["absent"].items()]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.options import add_comparison, carry_out, keep, named, new_parser
+from benchmarks.options import add_comparison, carry_out, named, new_parser, show_and_keep
 from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.report import about, lines_of
 from benchmarks.peers.run import Settings, measure
@@ -68,8 +68,8 @@ def _run(options: argparse.Namespace, names: Sequence[str], given: Sequence[str]
         found = measure(name, pythons, absent, settings)
         told = about(given, time.perf_counter() - started, settings)
         result = {"about": told, **found.as_json()}
-        print(f"## {found.title}\n", *lines_of(result), "", sep="\n", flush=True)
-        keep(named(name, options.device) + options.suffix, result, options)
+        kept_as = named(name, options.device) + options.suffix
+        show_and_keep(kept_as, found.title, result, lines_of(result), options)
 
 
 if __name__ == "__main__":

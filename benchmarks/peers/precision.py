@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.options import add_comparison, carry_out, keep, named, new_parser
+from benchmarks.options import add_comparison, carry_out, named, new_parser, show_and_keep
 from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.reference import IndefiniteError, Point, conjugate_gradient, new_inner, unflat
@@ -257,7 +257,8 @@ class Field:
         run.write(folder / "path.npz")
         self.remotes: dict[str, Remote] = {}
         for library, python in pythons.items():
-            remote = Remote(library, python, threads=settings.threads, environment={"MPLBACKEND": "Agg"})
+            known, quiet = LIBRARIES[library].distributions, {"MPLBACKEND": "Agg"}
+            remote = Remote(library, python, threads=settings.threads, distributions=known, environment=quiet)
             remote.ask("load", data=name, file=str(folder / "data.npz"))
             self.remotes[library] = remote
 
@@ -274,28 +275,13 @@ class Field:
             part, file = self.run.at(contender.part), self.folder / "part.npz"
             part.write(file)
             exact = part.exact
-        fields = {"size": self.settings.size, "device": self.settings.device}
-        method = {**asdict(contender.method)}
+        key, cpu_time = contender.key, self.settings.cpu_time
         if not contender.seconds:
-            remote.ask(
-                "build",
-                key=f"{contender.library} {contender.label}",
-                data=self.name,
-                workload=self.name,
-                method=method,
-                **fields,
-            )
-            remote.ask(
-                "step", key=f"{contender.library} {contender.label}"
-            )  # what is made or compiled at the first call
-        remote.ask("forget", key=f"{contender.library} {contender.label}")
-        told = remote.ask(
-            "timed_path",
-            key=f"{contender.library} {contender.label}",
-            file=str(file),
-            found=str(found),
-            cpu_time=self.settings.cpu_time,
-        )
+            fields = {"size": self.settings.size, "device": self.settings.device, "method": asdict(contender.method)}
+            remote.ask("build", key=key, data=self.name, workload=self.name, **fields)
+            remote.ask("step", key=key)  # what is made or compiled at the first call
+        remote.ask("forget", key=key)
+        told = remote.ask("timed_path", key=key, file=str(file), found=str(found), cpu_time=cpu_time)
         with np.load(found) as arrays:
             gradients = arrays["gradients"]
         contender.errors = [error(a, b) for a, b in zip(gradients, exact, strict=True)]
@@ -432,10 +418,15 @@ def measure(name: str, pythons: Mapping[str, Path], settings: Settings, steps: i
             for order in rotated(list(good), settings.rounds):
                 for key in order:
                     everybody.take(good[key])
+            versions = {library: remote.versions for library, remote in everybody.remotes.items()}
         finally:
             everybody.close()
-    source = f"{source}, {len(run.exact)} outer steps"
-    return {"source": source, "rows": [row(one) for one in contenders], "lines": lines(contenders, source)}
+    return {
+        "source": f"{source}, {len(run.exact)} outer steps",
+        "rows": [row(one) for one in contenders],
+        "lines": lines(contenders),
+        "versions": versions,
+    }
 
 
 def row(one: Contender) -> dict[str, Any]:
@@ -449,7 +440,7 @@ def row(one: Contender) -> dict[str, Any]:
     }
 
 
-def lines(contenders: Sequence[Contender], source: str) -> list[str]:
+def lines(contenders: Sequence[Contender]) -> list[str]:
     """Returns the table; the ratio is to the fastest peer that is right and uses torch."""
     right = [one for one in contenders if one.errors and max(one.errors) <= LIMIT]
     peers = [one for one in right if one.library not in ("hand", "bilevel", "bilevel_compiled", "jaxopt")]
@@ -469,7 +460,7 @@ def lines(contenders: Sequence[Contender], source: str) -> list[str]:
         ratios = [a / b for a, b in zip(one.seconds[1:], best.seconds[1:], strict=True)] if best else [math.nan]
         numbers = f"{statistics.median(one.seconds[1:]):.3g} | {statistics.median(ratios):.2f}"
         table.append(f"| {name} | {one.label} | {products} | {scientific(worst)} | {numbers} |")
-    return [*table, "", f"{source}."]
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -492,8 +483,8 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
         present = {library: python for library, python in pythons.items() if has_side(library, name)}
         found = measure(name, present, settings, options.steps)
         told = about(given, time.perf_counter() - started, settings, "benchmarks.peers.precision")
-        print(f"## {name}\n", *found["lines"], "", sep="\n", flush=True)
-        keep(named(f"{name}-precision", options.device), {"about": told, **found}, options)
+        result = {"about": told, **found}
+        show_and_keep(named(f"{name}-precision", options.device), name, result, lines_of(result), options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.peers.environments import LIBRARIES
 
-__all__ = ["about", "as_told", "conditions", "lines_of", "versions_of"]
+__all__ = ["about", "as_told", "conditions", "ending", "lines_of"]
 
 COLUMNS = ("method", "library", "passes", "ms a step", "to the loop by hand", "peak MiB", "error", "to the exact", "")
 
@@ -25,10 +25,11 @@ COLUMNS = ("method", "library", "passes", "ms a step", "to the loop by hand", "p
 def about(given: Sequence[str], seconds: float, settings: Any, module: str = "benchmarks.peers") -> dict[str, Any]:
     """Returns what a reader needs to judge the numbers that a command with these arguments has measured."""
     gpu = torch.cuda.get_device_name() if settings.device == "cuda" else None
+    size = getattr(settings, "size", None)
     return {
         "machine": f"{processor()}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
         "threads": settings.threads,
-        "size": settings.size,
+        **({} if size is None else {"size": size}),
         "rounds": settings.rounds,
         "clock": "processor time" if settings.cpu_time else "wall clock",
         "python": platform.python_version(),
@@ -55,19 +56,22 @@ def as_told(given: Sequence[str]) -> list[str]:
 
 
 def conditions(told: Mapping[str, Any]) -> str:
-    """Returns how it was measured, as a page tells it of what :func:`about` returned."""
-    run = f"`{told['command']}`, {told['date']}, {told['machine']}, {told['threads']} thread(s), {told['clock']}"
-    return f"{run}; torch {told['torch']}"
+    """Returns how it was measured, as a page tells it of what :func:`about` returned, or of what is kept of that."""
+    threads = "{} thread" if told.get("threads") == 1 else "{} threads"
+    shown = {"command": "`{}`", "date": "{}", "machine": "{}", "threads": threads, "clock": "{}"}
+    parts = [text.format(told[key]) for key, text in shown.items() if key in told]
+    return "; ".join(filter(None, [", ".join(parts), f"torch {told['torch']}"]))
 
 
-def versions_of(result: Mapping[str, Any]) -> str:
-    """Returns the versions of peers and of what they are written in, each after a comma."""
-    return "".join(
+def ending(result: Mapping[str, Any], source: str = "") -> str:
+    """Returns the line below a table: what was measured, how, and versions of peers and of what they are written in."""
+    versions = "".join(
         f", {name} {version}"
-        for library, found in result["versions"].items()
+        for library, found in result.get("versions", {}).items()
         for name, version in found.items()
         if name not in ("python", "torch") and library not in ("hand", "vmap", "bilevel", "bilevel_compiled")
     )
+    return f"{source}{'. ' if source else ''}{conditions(result['about'])}{versions}."
 
 
 def processor() -> str:
@@ -81,7 +85,7 @@ def processor() -> str:
 def lines_of(result: Mapping[str, Any]) -> list[str]:
     """Returns a workload's table and the lines below it, in Markdown."""
     if "lines" in result:  # a table of another form, see benchmarks.peers.precision
-        return list(result["lines"])
+        return [*result["lines"], "", ending(result, result.get("source", ""))]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for key, label in result["methods"].items():
         rows = [row for row in result["rows"] if row["method"] == key]
@@ -92,7 +96,7 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
             label = ""
     notes = [f"{LIBRARIES[name].name}: {why}." for name, why in result["absent"].items()]
     notes += remarks(result)
-    lines += ["", f"{result['source']}. {conditions(result['about'])}{versions_of(result)}."]
+    lines += ["", ending(result, result["source"])]
     return lines + ([""] + [f"- {note}" for note in notes] if notes else [])
 
 
