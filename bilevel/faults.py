@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 import os
 import sys
 import traceback
@@ -17,6 +18,9 @@ from bilevel.errors import LossError, OutOfMemoryError, SolveTimeoutError
 from bilevel.vector import Tensors
 
 __all__ = ["Activity", "Deadline", "ModesKept", "Part", "Work", "explained", "is_out_of_memory", "release_frames"]
+
+
+_version = operator.attrgetter("_version")
 
 
 class Work(enum.Enum):
@@ -252,7 +256,7 @@ class ModesKept:
 
     def __enter__(self) -> None:
         self._before = self._modes()
-        self._versions = [parameter._version for parameter in self._parameters]
+        self._versions = list(map(_version, self._parameters))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         after = self._modes()
@@ -264,7 +268,7 @@ class ModesKept:
                 f"the loss of {self._name} returned with another mode than it was called in: {', '.join(changed)}. "
                 "Use torch.no_grad(), torch.autocast(…) and the like as `with` blocks."
             )
-        versions = [parameter._version for parameter in self._parameters]
+        versions = list(map(_version, self._parameters))
         if versions != self._versions:
             moved = sum(new != old for new, old in zip(versions, self._versions, strict=True))
             raise LossError(

@@ -287,7 +287,11 @@ def pulled_through(
     Raises:
         LossError: The loss cannot be differentiated twice.
     """
-    pairs = [(g, bar.to(g.dtype)) for g, bar in zip(field, bars, strict=True) if g.requires_grad]
+    pairs = [
+        (g, bar if bar.dtype is g.dtype else bar.to(g.dtype))
+        for g, bar in zip(field, bars, strict=True)
+        if g.requires_grad
+    ]
     if not pairs or not inputs:
         return None
     heads, cotangents = zip(*pairs, strict=True)
@@ -358,7 +362,8 @@ def independent(name: str) -> LossError:
     """Returns the error for a loss that no inner parameter reaches."""
     return LossError(
         f"the loss of {name} does not depend on its inner parameters: nothing to differentiate through. "
-        "Check for a detach() or no_grad() between the parameters and the loss."
+        "Check for a detach() or no_grad() between the parameters and the loss, and in an engine for the order of its "
+        "problems: top level first."
     )
 
 

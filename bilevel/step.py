@@ -183,7 +183,7 @@ class Step:
         if problem.name in self.scales and self._overflowed(problem, result):
             return
         shown = self.show is not None and bool(self._dependencies.lower[problem.name])
-        metrics = _tensors(result.metrics)
+        metrics = _tensors(result.metrics) if result.metrics else {}
         # A device is not waited for before it has the update to do, where that can be undone and nobody looks at it.
         late = self.config.restore_on_error and not shown and not on_host(result.value) and problem.updates_plainly
         if late:

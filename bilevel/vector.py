@@ -148,13 +148,13 @@ def subtract(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
 def scale(alpha: float | Tensor, x: Sequence[Tensor]) -> Tensors:
     """Returns ``alpha · x``."""
     if isinstance(alpha, Tensor) or len(x) < 2:
-        return tuple(_scalar(alpha, part) * part for part in x)
+        return tuple([_scalar(alpha, part) * part for part in x])
     return tuple(torch._foreach_mul(tuple(x), alpha))
 
 
 def negative(x: Sequence[Tensor]) -> Tensors:
     """Returns ``−x``."""
-    return tuple(torch._foreach_neg(tuple(x))) if len(x) > 1 else tuple(-part for part in x)
+    return tuple(torch._foreach_neg(tuple(x)) if len(x) > 1 else [-part for part in x])
 
 
 def zeros_like(vector: Sequence[Tensor]) -> Tensors:

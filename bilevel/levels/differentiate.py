@@ -99,6 +99,11 @@ class Differentiator:
         return frozenset(name for name, estimator in self.estimators.items() if estimator.needs_trajectory)
 
     @cached_property
+    def delicate(self) -> frozenset[str]:
+        """The inner problems whose methods must know beforehand that cotangents are finite."""
+        return frozenset(name for name, estimator in self.estimators.items() if estimator.needs_finite_cotangent)
+
+    @cached_property
     def sampled(self) -> Mapping[str, int]:
         """How many separate batches are wanted of an inner problem, where it is more than one."""
         numbers = {name: estimator.num_samples for name, estimator in self.estimators.items()}
@@ -136,7 +141,7 @@ class Differentiator:
             further = {other: taken.parts[other] for other in others}
             return LossGradient(taken.value, taken.metrics, own, own, further, overflow=taken.overflow)
         look = _Look(taken.value, f"problem {problem.name!r}")
-        if len(blocks) < len(below) or any([self.estimators[name].needs_finite_cotangent for name in below]):
+        if len(blocks) < len(below) or not self.delicate.isdisjoint(below):
             look()
         cotangents, direct = dict(taken.parts), taken.parts[problem.name]
         solves: dict[str, SolveInfo] = {}

@@ -92,12 +92,12 @@ class Gradients:
                 pairs = zip(total, grads, strict=True)
                 total = [b if a is None else a if b is None else a + b for a, b in pairs]
             value, more = torch.stack(values).mean(), mean_metrics(metrics)
-        reached = frozenset([name for name, part in self.split(total, names).items() if any(map(_is_there, part))])
-        flat = self.reduce(dense_gradient(total, inputs))
+        flat, overflow = self.reduce(dense_gradient(total, inputs)), False
         scale = self._scales.get(problem.name)
-        unscaled = flat if scale is None else scale.unscaled(flat)
-        overflow = unscaled is None
-        flat = flat if unscaled is None else unscaled
+        if scale is not None:
+            unscaled = scale.unscaled(flat)
+            flat, overflow = (flat, True) if unscaled is None else (unscaled, False)
+        reached = frozenset([name for name, part in self.split(total, names).items() if any(map(_is_there, part))])
         if count > 1:
             flat = tuple(part / count for part in flat)
         return Taken(value, more, self.split(flat, names), reached, overflow)
