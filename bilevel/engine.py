@@ -45,13 +45,14 @@ from bilevel.settings import EngineConfig
 from bilevel.slots import ParameterSlots, buffers_protected
 from bilevel.snapshot import Snapshot
 from bilevel.step import NonFiniteStepError, Report, Step
+from bilevel.validation import NamedArguments, check_integer
 
 __all__ = ["Engine"]
 
 _AS_IT_IS = nullcontext()
 
 
-class Engine:
+class Engine(NamedArguments):
     """Runs nested problems.
 
     One outer step is every inner problem's ``steps`` updates, then one update of every outer problem with its
@@ -98,7 +99,8 @@ class Engine:
         hypergradient: Estimator | str | Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.config = config or EngineConfig()
+        self.config = EngineConfig() if config is None else config
+        _check_arguments(problems, self.config, callbacks, self._fewest)
         self.hypergradient_method = as_estimator("neumann" if hypergradient is None else hypergradient)
         self.callbacks = tuple(callbacks)
         self.stop_reason = ""
@@ -106,7 +108,6 @@ class Engine:
         self.step_count = 0
         self.skipped_steps = 0
         self.passes = PassCount()
-        _check_arguments(problems, self.config, self.callbacks, self._fewest)
         check_ownership(problems)
         slots = ParameterSlots(problem.module for problem in problems)
         every = {id(m): m for problem in problems for m in problem.module.modules()}.values()
@@ -212,8 +213,7 @@ class Engine:
             ConfigError: ``steps`` is below 1.
         """
         total = self.config.steps if steps is None else steps
-        if total < 1:
-            raise ConfigError(f"run() needs at least 1 step, not {total}")
+        check_integer("Engine", "run(steps)", total, minimum=1)
         kept = self.callbacks
         if self.config.progress and distributed.rank() == 0 and not any(isinstance(c, Progress) for c in kept):
             self.callbacks = (*kept, Progress())
@@ -478,6 +478,8 @@ def _check_arguments(
         raise ConfigError(
             f"config must be an EngineConfig, not {type(config).__name__}; the method goes to hypergradient="
         )
+    if isinstance(problems, Problem):
+        raise GraphError(f"problems must be a list, top level first; got the {type(problems).__name__} alone")
     for problem in problems:
         if not isinstance(problem, Problem):
             raise GraphError(f"problems must be Problem instances, top level first; got a {type(problem).__name__}")

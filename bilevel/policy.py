@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-from bilevel.errors import BilevelWarning, SolveError, SolveTimeoutError
+from bilevel.errors import SolveError, SolveTimeoutError, warn
 from bilevel.hypergrad import Estimator, Pullback, State, Unrolled
 from bilevel.result import SolveInfo, Status
 from bilevel.settings import EngineConfig
@@ -92,4 +91,4 @@ class SolvePolicy:
     def _warn_once(self, name: str, what: str, text: str) -> None:
         if (name, what) not in self._warned:
             self._warned.add((name, what))
-            warnings.warn(f"{text} (said once)", BilevelWarning, stacklevel=3)
+            warn(f"{text} (said once)")

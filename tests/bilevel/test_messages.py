@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from bilevel import Callback, Certificate, Engine, EngineConfig, Problem, SolveInfo, Status, callbacks, hypergradcheck
 from bilevel import single_loop as single
 from bilevel.callbacks import Progress
-from bilevel.errors import BilevelWarning, DataError, ParameterError, UnknownNameError
+from bilevel.errors import (
+    BilevelWarning,
+    ConfigError,
+    DataError,
+    GraphError,
+    LossError,
+    ParameterError,
+    UnknownNameError,
+)
 from bilevel.hypergrad import available_methods
 from bilevel.validation import NamedArguments
 
@@ -203,3 +211,24 @@ def test_a_warning_without_a_line_of_the_users_is_shown_all_the_same() -> None:
     code = "import bilevel.errors as e; e._INSIDE = ('',); e.warn('heard')"  # every file counts as the library's
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "BilevelWarning: heard" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Engine([nn.Linear(1, 1), nn.Linear(1, 1)]), GraphError, "must be Problem instances.*got a Linear"),
+        (lambda: Engine(Outer(nn.Linear(1, 1), optimizer=sgd)), GraphError, "must be a list.*got the Outer alone"),
+        (lambda: two(confg=EngineConfig()), UnknownNameError, "argument of Engine 'confg': did you mean 'config'"),
+        (lambda: two().run("3"), ConfigError, "run\\(steps\\) must be an integer of at least 1, not '3'"),
+        (lambda: two().run(0), ConfigError, "run\\(steps\\) must be an integer of at least 1, not 0"),
+    ],
+)
+def test_what_an_engine_is_made_of(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_problems_in_the_wrong_order_are_told_what_the_order_is() -> None:
+    problems = [Inner(nn.Linear(2, 1), optimizer=sgd), Outer(nn.Linear(2, 1), optimizer=sgd)]
+    with pytest.raises(LossError, match="the order of its problems: top level first"):
+        Engine(problems, EngineConfig(progress=False), "conjugate_gradient").step()
