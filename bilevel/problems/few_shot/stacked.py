@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 
 from bilevel.errors import DataError
 from bilevel.problems.few_shot.batching import BatchedLayers, has_batched_layers
+from bilevel.problems.few_shot.sequences import direct_losses, layers_of, outputs_of
 
 __all__ = ["Displacements", "Mirror", "RatedNetwork", "accuracies", "stacked_losses", "stacked_outputs"]
 
@@ -84,19 +85,27 @@ def stacked_outputs(
         network: The network.
         values: What to put in its parameters' places: of the parameter's shape for all tasks, or ``(M, *shape)``.
         inputs: ``(M, n, …)``.
-        vectorized: Whether tasks are evaluated together, by ``torch.func.vmap``, or one after the other.
+        vectorized: Whether tasks are evaluated together, by ``torch.func.vmap`` unless it is a sequence that is
+            :mod:`known <bilevel.problems.few_shot.sequences>`, or one after the other.
         chunk_size: How many at a time; None for all.
     """
+    # Of one task alone, the layers' own operations are faster than those for many.
+    vectorized = vectorized and chunk_size != 1 and len(inputs) > 1
+    layers = layers_of(network, inputs) if vectorized else None
+    if layers is not None and chunk_size is None:
+        return outputs_of(layers, values, inputs)
     dimensions = {name: parameter.dim() for name, parameter in network.named_parameters()}
     shared = {name: value for name, value in values.items() if value.dim() == dimensions[name]}
     stacked = {name: value for name, value in values.items() if name not in shared}
+    if layers is not None and chunk_size is not None:
+        parts = [slice(start, start + chunk_size) for start in range(0, len(inputs), chunk_size)]
+        own = [{**shared, **{name: value[part] for name, value in stacked.items()}} for part in parts]
+        return torch.cat([outputs_of(layers, each, inputs[part]) for each, part in zip(own, parts, strict=True)])
 
     def outputs(own: Mapping[str, Tensor], given: Tensor) -> Tensor:
         found: Tensor = functional_call(network, {**shared, **own}, (given,))
         return found
 
-    # Of one task alone, the layers' own operations are faster than those for many.
-    vectorized = vectorized and chunk_size != 1 and len(inputs) > 1
     if vectorized and has_batched_layers(network, inputs.device):
         with BatchedLayers():
             return _over_tasks(outputs, True, chunk_size)(stacked, inputs)
@@ -119,7 +128,8 @@ def stacked_losses(
         DataError: A class for which there is no output.
     """
     try:
-        return _over_tasks(criterion, vectorized, None)(outputs, targets)
+        found = direct_losses(criterion, outputs, targets) if vectorized else None
+        return _over_tasks(criterion, vectorized, None)(outputs, targets) if found is None else found
     except (IndexError, RuntimeError) as error:
         classes = outputs.dim() == targets.dim() + 1 and not targets.is_floating_point()
         if classes and targets.numel() and int(targets.max()) >= outputs.shape[-1]:
