@@ -190,7 +190,7 @@ def test_a_middle_level_that_the_top_reads_through_another_counts() -> None:
     problems = [kind(nn.Linear(2, 1, bias=False).double(), optimizer=sgd) for kind in (Top, Middle, Low)]
     report = hypergradcheck(Engine(problems, EngineConfig(progress=False), "conjugate_gradient"))
     assert report.passed
-    assert "counts for nothing" not in str(report)
+    assert "does not depend on the inner parameter" not in " ".join(str(report).split())
 
 
 def test_a_warning_is_shown_at_the_users_own_line() -> None:
