@@ -10,7 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from bilevel.errors import ConfigError, ParameterError, unknown_name
 
@@ -76,6 +78,8 @@ class Stepper:
         self._parameters = tuple(owned.values())
         self._max_grad_norm = max_grad_norm
         self._of_torch = type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
+        self._wrapped = type(optimizer).step
+        self._written: Callable[[Optimizer], Any] = inspect.unwrap(self._wrapped)
         self.optimizer = optimizer
         self.scheduler = None if scheduler is None else make_scheduler(name, scheduler, optimizer)
         self.metric = _metric(name, self.scheduler, scheduler_metric)
@@ -124,7 +128,11 @@ class Stepper:
         with self.holding(self.own(gradients)):
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-            self.optimizer.step()
+            if self._goes_bare():
+                with torch.no_grad():
+                    self._written(self.optimizer)
+            else:
+                self.optimizer.step()
         self.advance_scheduler(values)
 
     def holding(self, gradients: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -180,7 +188,24 @@ class Stepper:
     def plain(self) -> bool:
         """Whether an update is that of an optimiser of torch's own, without hooks."""
         made: Any = self.optimizer
-        return self._of_torch and not (made._optimizer_step_pre_hooks or made._optimizer_step_post_hooks)
+        hooks = made._optimizer_step_pre_hooks or made._optimizer_step_post_hooks
+        return self._of_torch and not (hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+    def _goes_bare(self) -> bool:
+        """Whether nobody sees if a step is made without what torch wraps around it.
+
+        That is a label for profilers, the calls of hooks, marks for compilers and the mode of gradients: for the step
+        of SGD on a small model five times its own work. What anybody else has put around it stays, as schedulers do on
+        the object.
+        """
+        made: Any = self.optimizer
+        return (
+            self.plain
+            and "step" not in vars(made)
+            and type(made).step is self._wrapped
+            and not made.defaults.get("differentiable", False)
+            and not _profiler_enabled()
+        )
 
     def _changes_gradients(self) -> bool:
         """Whether the optimiser may change gradients in place.
