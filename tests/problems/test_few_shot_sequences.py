@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,23 +71,28 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     widths=st.lists(st.tuples(st.integers(1, 4), st.booleans(), st.sampled_from(ACTIVATIONS)), min_size=1, max_size=3),
     more=st.lists(st.integers(1, 3), max_size=2),
     flat=st.booleans(),
+    features=st.integers(1, 2),
     own=st.integers(0, 63),
     size=st.sampled_from([None, 2, TASKS]),
 )
 def test_sequences_have_the_derivatives_of_each_task(
-    widths: list[tuple[int, bool, type[nn.Module]]], more: list[int], flat: bool, own: int, size: int | None
+    widths: list[tuple[int, bool, type[nn.Module]]],
+    more: list[int],
+    flat: bool,
+    features: int,
+    own: int,
+    size: int | None,
 ) -> None:
     torch.manual_seed(0)
-    given = 2
     layers: list[nn.Module] = [nn.Flatten()] if flat else []
-    before = given * int(torch.tensor(more).prod()) if flat and more else given
+    before = features * (math.prod(more) if flat else 1)
     for width, biased, activation in widths:
         layers.append(nn.Sequential(nn.Linear(before, width, bias=biased), activation()))
         before = width
     network = nn.Sequential(*layers).double()
     places = {name: place for place, (name, _) in enumerate(network.named_parameters())}
     values = values_of(network, lambda name: bool(own >> places[name] & 1))
-    assert_each_tasks(network, values, torch.randn(TASKS, 4, *more, given, dtype=DOUBLE), chunk_size=size)
+    assert_each_tasks(network, values, torch.randn(TASKS, 4, *more, features, dtype=DOUBLE), chunk_size=size)
 
 
 @pytest.mark.usefixtures("no_vmap")

@@ -112,8 +112,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None or bias.dim() == 1:
             return F.linear(x, weight, bias)
         return F.linear(x, weight) + bias.view(len(bias), *[1] * (x.dim() - 2), -1)
-    rows = x if x.dim() == 3 else x.flatten(1, -2)
-    turned = weight.transpose(1, 2)
+    rows, turned = x if x.dim() == 3 else x.flatten(1, -2), weight.transpose(1, 2)
     found = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
     return found if x.dim() == 3 else found.view(*x.shape[:-1], -1)
 
