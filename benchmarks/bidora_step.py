@@ -6,7 +6,8 @@
 The unit is one forward and backward pass of PEFT's LoRA on the same batch, without an update. Beside it, in turn in
 one process: PEFT's DoRA and the exact one; one outer step of the engine, with both AdamW updates, for every way of
 taking the mixed product and 1, 2, 4, 8 inner steps; the same step as a loop that somebody would write by hand with the
-fewest passes; and that loop on PEFT's own DoRA layers. Times are medians of ratios within a round. The error is that of
+fewest passes; and that loop on PEFT's own DoRA layers. Times are medians of ratios within a round, but for the engine's
+to the loop by hand, which is one of medians. The error is that of
 ``∂²f/∂m∂w · ∂F/∂w``, the implicit part of the hypergradient, against the exact product at the new point in float64
 (float32 on a GPU), from the same values, after ``--warm`` outer steps.
 

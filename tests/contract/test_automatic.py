@@ -80,10 +80,18 @@ def test_where_no_second_derivative_exists_differences_answer_and_it_is_said(cas
     assert found.info.products == 2
 
 
-def test_the_choice_is_made_once() -> None:
+def problem_of(inner_loss: Any, w: Tensor, lam: Tensor) -> tuple[InnerProblem, PassCount]:
     passes = PassCount()
-    objective = FunctionObjective(lambda w, lam: marked(w[0], lam[0]), "the inner problem", Replay(("cpu",)), passes)
-    problem = InnerProblem(objective, leaves((torch.ones(3),)), leaves((torch.ones(3),)))
+    objective = FunctionObjective(lambda w, lam: inner_loss(w[0], lam[0]), "f", Replay(("cpu",)), passes)
+    return InnerProblem(objective, leaves((w,)), leaves((lam,))), passes
+
+
+def smooth(w: Tensor, lam: Tensor) -> Tensor:
+    return (w**2 * lam).sum()
+
+
+def test_the_choice_is_made_once() -> None:
+    problem, passes = problem_of(marked, torch.ones(3), torch.ones(3))
     cotangent = (torch.ones(3),)
     with pytest.warns(BilevelWarning, match="said once"):
         first = Automatic().respond(problem).pullback(cotangent, {})
@@ -96,8 +104,7 @@ def test_the_choice_is_made_once() -> None:
     assert second.state.keys() == first.state.keys()
     assert torch.equal(first.value[0], second.value[0])
     # and where there is a product, nothing has to be remembered
-    objective = FunctionObjective(lambda w, lam: (w[0] ** 2 * lam[0]).sum(), "f", Replay(("cpu",)), passes)
-    problem = InnerProblem(objective, problem.inner, problem.outer)
+    problem, _ = problem_of(smooth, torch.ones(3), torch.ones(3))
     assert Automatic().respond(problem).pullback(cotangent, {}).state == {}
 
 
@@ -121,11 +128,7 @@ def detached(w: Tensor, lam: Tensor) -> Tensor:
 
 
 def pulled(inner_loss: Any, state: Any, start: Tensor, method: Automatic | FiniteDifference) -> tuple[Any, Any]:
-    passes = PassCount()
-    objective = FunctionObjective(
-        lambda w, lam: inner_loss(w[0], lam[0]), "the inner problem", Replay(("cpu",)), passes
-    )
-    problem = InnerProblem(objective, leaves((start,)), leaves((torch.linspace(1, 2, 3, dtype=start.dtype),)))
+    problem, passes = problem_of(inner_loss, start, torch.linspace(1, 2, 3, dtype=start.dtype))
     return method.respond(problem).pullback((torch.ones(3, dtype=start.dtype),), state), passes
 
 
@@ -172,9 +175,7 @@ def test_a_product_that_is_zero_is_left_at_that(case: str, dtype: torch.dtype) -
 
 
 def test_nothing_more_is_taken_where_the_outer_loss_is_flat() -> None:
-    passes = PassCount()
-    objective = FunctionObjective(lambda w, lam: (w[0] ** 2 * lam[0]).sum(), "f", Replay(("cpu",)), passes)
-    problem = InnerProblem(objective, leaves((torch.ones(3),)), leaves((torch.ones(3),)))
+    problem, passes = problem_of(smooth, torch.ones(3), torch.ones(3))
     Automatic().respond(problem).pullback((torch.zeros(3),), {})
     assert (passes.forward, passes.backward) == (1, 2)
 
