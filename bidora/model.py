@@ -86,8 +86,8 @@ def use_exact_dora(model: PeftModel, *, kernels: Kernels = "auto") -> PeftModel:
     Args:
         model: A model with DoRA adapters; changed in place.
         kernels: How linear layers are computed, see :mod:`bidora.kernels`: "auto" by fused GPU kernels where they
-            apply, "torch" never by these, "fused" raises where they do not apply. Other layers have torch operations
-            only.
+            apply, "torch" never by these, "fused" raises where something is in their way (on a CPU the same function
+            runs over torch operations). Other layers have torch operations only.
 
     Returns:
         The same model.
