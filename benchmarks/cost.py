@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.pages.results import with_texts
+from benchmarks.peers.memory import peak_bytes
 from bilevel import Engine, EngineConfig, Estimator, Problem, as_estimator, hypergradcheck
 from bilevel.errors import BilevelError, BilevelWarning
 from bilevel.hypergrad import available_methods
@@ -125,18 +125,6 @@ def engine_for(estimator: Estimator, model: nn.Module, log_decay: Tensor) -> Eng
     return Engine([outer, inner], EngineConfig(progress=False), hypergradient=estimator)
 
 
-def peak_bytes(engine: Engine) -> int:
-    """Returns the largest sum of allocations alive at once in one outer step, above that at its start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine.step()
-    total = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
-
-
 def measure(estimator: Estimator, model: nn.Module, log_decay: Tensor, steps: int, repeats: int) -> Measured:
     engine = engine_for(estimator, model, log_decay)
     for _ in range(steps):
@@ -155,7 +143,7 @@ def measure(estimator: Estimator, model: nn.Module, log_decay: Tensor, steps: in
         backward=result.passes[1] - INNER_STEPS - 1,
         milliseconds=1e3 * statistics.median(seconds),
         relative_time=math.nan,
-        megabytes=peak_bytes(engine) / 2**20,
+        megabytes=peak_bytes(engine.step) / 2**20,
         error=report.relative_error,
         cosine=report.cosine,
         status=info.status.value,
@@ -185,12 +173,7 @@ def baseline(model: nn.Module, log_decay: Tensor, repeats: int) -> tuple[float, 
         started = time.process_time()
         step()
         seconds.append(time.process_time() - started)
-
-    class Stepped:
-        def step(self) -> None:
-            step()
-
-    return 1e3 * statistics.median(seconds[3:]), peak_bytes(Stepped()) / 2**20  # type: ignore[arg-type]
+    return 1e3 * statistics.median(seconds[3:]), peak_bytes(step) / 2**20
 
 
 def markdown(rows: list[Measured], base: tuple[float, float]) -> list[str]:

@@ -155,23 +155,23 @@ class Tasks:
         return found
 
 
-def data(size: str, folder: Path | None) -> tuple[Arrays, str]:
+def data(size: str, folder: Path | None, tasks: int = TASKS) -> tuple[Arrays, str]:
     queries = SIZES[size]["queries"]
     images, classes, source = _characters(folder)
     generator = np.random.default_rng(0)
     drawn = []
-    for _ in range(TASKS):
+    for _ in range(tasks):
         ways = generator.choice(np.unique(classes), WAYS, replace=False)
         drawn.append([generator.permutation(np.flatnonzero(classes == way))[: SHOTS + queries] for way in ways])
     x = images[np.array(drawn)][:, :, :, None].astype(np.float32)  # (tasks, ways, shots + queries, 1, 28, 28)
     y = np.broadcast_to(np.arange(WAYS)[None, :, None], x.shape[:3])
     arrays = {}
     for name, part in (("support", slice(0, SHOTS)), ("query", slice(SHOTS, None))):
-        arrays[f"{name}_x"] = x[:, :, part].reshape(TASKS, -1, 1, 28, 28)
-        arrays[f"{name}_y"] = y[:, :, part].reshape(TASKS, -1)
-        points = generator.uniform(-5, 5, (TASKS, POINTS, 1))
+        arrays[f"{name}_x"] = x[:, :, part].reshape(tasks, -1, 1, 28, 28)
+        arrays[f"{name}_y"] = y[:, :, part].reshape(tasks, -1)
+        points = generator.uniform(-5, 5, (tasks, POINTS, 1))
         arrays[f"{name}_points"] = points.astype(np.float32)
-    amplitude, phase = generator.uniform(0.1, 5, (TASKS, 1, 1)), generator.uniform(0, np.pi, (TASKS, 1, 1))
+    amplitude, phase = generator.uniform(0.1, 5, (tasks, 1, 1)), generator.uniform(0, np.pi, (tasks, 1, 1))
     for name in ("support", "query"):
         arrays[f"{name}_values"] = (amplitude * np.sin(arrays[f"{name}_points"] - phase)).astype(np.float32)
     return arrays, f"{source}; sinusoids of amplitude 0.1 to 5 and phase 0 to π"
