@@ -68,6 +68,7 @@ class Snapshot:
         self._owned = [p for problem in problems for p in problem.parameters]
         self._live: list[Tensor] = []
         self._kept: list[Tensor] = []
+        self._forms: list[tuple[Any, ...]] = []
         self._optimizers: dict[str, Kept] = {}
         self._host = HostGenerators()
         self._taken: _Taken | None = None
@@ -142,8 +143,10 @@ class Snapshot:
         """Copies parameters and buffers into tensors that stay: fresh memory costs several times the copy."""
         live = _with_buffers(self._owned, self._with_buffers) if self._with_buffers else self._owned
         same = len(live) == len(self._live) and all(map(operator.is_, live, self._live))
-        if not same or forms(live) != forms(self._kept):
+        present = forms(live)
+        if not same or present != self._forms:
             self._live, self._kept = live, [tensor.detach().clone() for tensor in live]
+            self._forms = present
             return
         copies.add_all(self._kept, live)
 

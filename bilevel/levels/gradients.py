@@ -30,15 +30,20 @@ class Taken:
         value: The loss, detached.
         metrics: Other values that the loss returned.
         parts: The gradient by problem.
-        reached: The problems whose parameters the loss depends on.
+        found: The same as autograd returned it, None for parameters that the loss does not depend on.
         overflow: Whether gradients overflowed in float16: the update is to be left out.
     """
 
     value: Tensor
     metrics: Mapping[str, Any]
     parts: Mapping[str, Tensors]
-    reached: frozenset[str]
+    found: Mapping[str, Sequence[Tensor | None]]
     overflow: bool = False
+
+    @property
+    def reached(self) -> frozenset[str]:
+        """The problems whose parameters the loss depends on."""
+        return frozenset([name for name, part in self.found.items() if any(map(_is_there, part))])
 
 
 class Gradients:
@@ -97,10 +102,9 @@ class Gradients:
         if scale is not None:
             unscaled = scale.unscaled(flat)
             flat, overflow = (flat, True) if unscaled is None else (unscaled, False)
-        reached = frozenset([name for name, part in self.split(total, names).items() if any(map(_is_there, part))])
         if count > 1:
             flat = tuple(part / count for part in flat)
-        return Taken(value, more, self.split(flat, names), reached, overflow)
+        return Taken(value, more, self.split(flat, names), self.split(total, names), overflow)
 
     def autocasts(self, name: str) -> bool:
         """Whether a problem's training passes run under autocast, the engine's or the user's."""
