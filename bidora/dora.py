@@ -169,11 +169,11 @@ class ExactDoraVariant(DoraLinearVariant):
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """Returns the layer's output, given the base layer's."""
-        weight, factors, scaling = dora_tensors(module, active_adapter)
+        base = _base_layer(module)
+        weight, factors, scaling = _tensors(module, base, active_adapter)
         dropout = module.lora_dropout[active_adapter]
         drops = module.training and not isinstance(dropout, nn.Identity)
-        base = _base_layer(module)
-        if self._is_fused(module, drops, x, weight, *factors, base.bias, result):
+        if self._is_fused(module, base, drops, x, weight, *factors, base.bias, result):
             return fused_dora_linear(
                 x.to(weight.dtype), weight, *factors, scaling, base.bias, result, reference=_in_torch_operations
             )
@@ -186,10 +186,10 @@ class ExactDoraVariant(DoraLinearVariant):
             x, weight, *factors, scaling, base.bias, base_result=result, squared_norm=squared_norm, kernels="torch"
         )
 
-    def _is_fused(self, module: Any, drops: bool, *arguments: Any) -> bool:
+    def _is_fused(self, module: Any, base: nn.Module, drops: bool, *arguments: Any) -> bool:
         if self.kernels == "torch" or (self.kernels == "auto" and not arguments[0].is_cuda):
             return False
-        reason = "there is dropout in training" if drops else _base_obstacle(module)
+        reason = "there is dropout in training" if drops else _base_obstacle(module, base)
         if reason is None:
             return choose(self.kernels, *arguments)
         if self.kernels == "fused":
@@ -234,14 +234,17 @@ def dora_weight(layer: LoraLinear, adapter: str) -> Tensor:
 
 def dora_tensors(layer: LoraLinear, adapter: str) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], float]:
     """Returns a layer's ``W₀, (A, B, m), s``."""
-    modules = (layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_magnitude_vector[adapter])
-    lora_A, lora_B, magnitude = (cast(Tensor, module.weight) for module in modules)
-    return _rows(layer, _base_layer(layer).weight), (lora_A, lora_B, magnitude), float(layer.scaling[adapter])
+    return _tensors(layer, _base_layer(layer), adapter)
 
 
-def _base_obstacle(layer: LoraLinear) -> str | None:
+def _tensors(layer: LoraLinear, base: nn.Linear, adapter: str) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], float]:
+    lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    factors = cast(tuple[Tensor, Tensor, Tensor], (lora_A, lora_B, layer.lora_magnitude_vector[adapter].weight))
+    return _rows(layer, base.weight), factors, float(layer.scaling[adapter])
+
+
+def _base_obstacle(layer: LoraLinear, base: nn.Module) -> str | None:
     """Returns why a base layer's result may be something else than ``x W₀ᵀ + b`` of the input, or None."""
-    base = layer.get_base_layer()
     if type(base) not in (nn.Linear, Conv1D):
         return f"the base layer is a {type(base).__name__}"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:

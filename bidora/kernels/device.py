@@ -119,11 +119,14 @@ def combine_kernel(
 
 @triton.jit
 def scale_cotangent_kernel(
-    cotangent, kept, hidden, factor, stats, bias, out, parts, through, n, rows, rank, scaling,
+    cotangent, kept, hidden, factor, stats, bias, out, parts, through, n, rows, rank, span, scaling,
     N: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
     SUMS: tl.constexpr, BASE: tl.constexpr, BIAS: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``dz = g ⊙ dy``, ``dz factor`` and the column sums of ``dy ⊙ z`` over N rows: one pass over dy and z."""
+    """Writes ``dz = g ⊙ dy``, a part of ``dz factor`` and of the column sums of ``dy ⊙ z``: one pass over dy and z.
+
+    A program has N rows of dy and ``span`` columns.
+    """
     i = tl.program_id(0) * N + tl.arange(0, N)
     q = tl.arange(0, RANK)
     there, known = i < n, q < rank
@@ -131,7 +134,8 @@ def scale_cotangent_kernel(
     total = tl.zeros((N, RANK), tl.float32)
     if BASE:
         h = tl.load(hidden + i[:, None] * rank + q[None, :], mask=there[:, None] & known[None, :], other=0.0)
-    for start in range(0, rows, ROWS):
+    first = tl.program_id(1) * span
+    for start in range(first, tl.minimum(first + span, rows), ROWS):
         row = start + tl.arange(0, ROWS)
         inside = row < rows
         at = start_of_row + row[None, :]
@@ -155,13 +159,33 @@ def scale_cotangent_kernel(
                 z *= tl.where(g == 0.0, 0.0, 1.0 / tl.where(g == 0.0, 1.0, g))[None, :]
             tl.store(parts + tl.program_id(0) * rows + row, tl.sum(wide * z, 0), mask=inside)
     if THROUGH:
-        at = through + i[:, None] * rank + q[None, :]
+        at = through + (tl.program_id(1) * n + i)[:, None].to(tl.int64) * rank + q[None, :]
         tl.store(at, total.to(through.dtype.element_ty), mask=there[:, None] & known[None, :])
 
 
 @triton.jit
 def norm_cotangent_kernel(
-    parts, stats, magnitude, lora_B, gradient, coefficient, gram, cotangents, offset, num_parts, rows, rank, padded,
+    parts, through, stats, magnitude, lora_B, gradient, coefficient, gram, cotangents, summed,
+    n, num_parts, rows, rank, padded, splits, width, programs,
+    ROWS: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, FACTORS: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """The first programs write the norm's cotangents, the others ``dz factor``, N rows each."""
+    program = tl.program_id(0)
+    if program < programs:
+        _norm_cotangent(
+            program, parts, stats, magnitude, lora_B, gradient, coefficient, gram, cotangents, n, num_parts, rows, rank,
+            padded, ROWS, TURNS, PARTS, RANK, FACTORS,
+        )  # fmt: skip
+    else:
+        if SUM:  # decided when it is compiled
+            _sum_of_parts(program - programs, through, summed, splits, n, width, N, WIDTH)
+
+
+@triton.jit
+def _norm_cotangent(
+    program, parts, stats, magnitude, lora_B, gradient, coefficient, gram, cotangents, offset, num_parts, rows, rank,
+    padded,
     ROWS: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Writes dm, k, ``(k ⊙ B)ᵀ`` below ``offset`` rows of cotangents, and this program's part of ``(k ⊙ B)ᵀB``."""
@@ -169,7 +193,7 @@ def norm_cotangent_kernel(
     part = tl.arange(0, PARTS)
     total = tl.zeros((RANK, RANK), tl.float32)
     for turn in range(TURNS):
-        row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+        row = (program * TURNS + turn) * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         sums = tl.zeros((PARTS, ROWS), tl.float32)
         for start in range(0, num_parts, PARTS):
@@ -190,14 +214,27 @@ def norm_cotangent_kernel(
             tl.store(cotangents + at, kb.to(cotangents.dtype.element_ty), mask=mask)
             total = tl.dot(kb, b, total, input_precision="tf32x3")
     if FACTORS:
-        at = gram + tl.program_id(0) * rank * rank + q[:, None] * rank + q[None, :]
+        at = gram + program * rank * rank + q[:, None] * rank + q[None, :]
         tl.store(at, total, mask=(q < rank)[:, None] & (q < rank)[None, :])
 
 
 @triton.jit
+def _sum_of_parts(program, parts, out, num_parts, n, width, N: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes N rows of the sum of ``parts`` (num_parts, n, width) over its first dimension."""
+    i = program * N + tl.arange(0, N)
+    column = tl.arange(0, WIDTH)
+    at = i[:, None].to(tl.int64) * width + column[None, :]
+    mask = (i < n)[:, None] & (column < width)[None, :]
+    total = tl.zeros((N, WIDTH), tl.float32)
+    for part in range(num_parts):
+        total += tl.load(parts + part * n * width + at, mask=mask, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def factor_gradients_kernel(
-    product_A, product_B, through_weight, offset, gram, coefficient, projection, lora_A, gradient_A, gradient_B,
-    num_parts, rows, columns, rank, width, scaling, programs_A,
+    product_A, product_B, through_weight, gram, coefficient, projection, lora_A, gradient_A, gradient_B,
+    offset, num_parts, rows, columns, rank, width, scaling, programs_A,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip

@@ -170,13 +170,16 @@ def _gradients_in_full(
     if kept is not None:
         kept = kept.view(n, rows)
     cotangents = dy.new_empty(n + (-(-rank // _NORM_ROWS) * _NORM_ROWS if needs_A else 0), rows)
-    parts, dh = kernels.scale_cotangent(
+    parts, through = kernels.scale_cotangent(
         dy, kept, hidden, B, stats, bias, s, cotangents, from_base=bias is not None, through=needs_x or needs_A
     )
-    dx = dA = dB = dm = k = gram = product = None
+    dx = dA = dB = dm = dh = k = gram = product = None
     if parts is not None:
-        dm, k, gram = kernels.norm_cotangent(parts, stats, magnitude, lora_B, cotangents, n, needs_A)
+        dm, k, gram, dh = kernels.norm_cotangent(parts, through, stats, magnitude, lora_B, cotangents, n, needs_A)
+    elif through is not None:
+        dh = through[0]
     if needs_x:
+        assert dh is not None
         product = cotangents.mm(weight)
         dx = (product[:n] if needs_A else product).addmm_(dh, A, alpha=s).view(x.shape)
     elif needs_A:

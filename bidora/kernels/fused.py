@@ -21,6 +21,11 @@ _ZERO = zero_norm(torch.float32) ** 2
 _DIRECT = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 
+# How a pass over dy is split: into four programs for each multiprocessor of an H100, where it is large enough, of at
+# most so many columns.
+_PROGRAMS, _SPAN = 528, 1024
+
+
 class _Launcher:
     """Starts a Triton kernel without Triton's own look at every argument, which takes longer than the start itself.
 
@@ -33,16 +38,27 @@ class _Launcher:
         self.compiled: dict[object, Any] = {}
 
     def __call__(
-        self, grid: tuple[int, int, int], key: object, arguments: tuple[Any, ...], num_warps: int, num_stages: int = 3
+        self,
+        grid: tuple[int, int, int],
+        key: object,
+        tensors: tuple[Tensor | None, ...],
+        numbers: tuple[float, ...],
+        num_warps: int,
+        num_stages: int = 3,
     ) -> None:
-        compiled = self.compiled.get(key) if key is not None else None
+        compiled = self.compiled.get(key)
         if compiled is not None:
-            stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-            return
-        compiled = self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-        if key is not None and _DIRECT and hasattr(compiled, "packed_metadata"):
-            self.compiled[key] = compiled
+            addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            if _aligned(addresses):
+                run, function, metadata, device = compiled
+                stream = torch._C._cuda_getCurrentRawStream(device)
+                run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers)
+                return
+        kernel = self.kernel[grid](*tensors, *numbers, num_warps=num_warps, num_stages=num_stages)
+        if _DIRECT and hasattr(kernel, "packed_metadata"):
+            addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            if _aligned(addresses):
+                self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, torch.cuda.current_device()
 
 
 _row_scale = _Launcher(device.row_scale_kernel)
@@ -71,20 +87,20 @@ class FusedKernels(PlainKernels):
         stats = torch.empty(2, rows, dtype=torch.float32, device=weight.device)
         projection = torch.empty(rows, rank, dtype=torch.float32, device=weight.device) if project else None
         stride_row, stride_column = weight.stride()
-        tile = 64 if rows > 2048 else 16
-        key = None
-        if _aligned(weight, lora_A, lora_B, magnitude):
-            key = (
-                weight.device, weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype,
-                rows, columns, rank, stride_row, stride_column, project, recoverable,
-            )  # fmt: skip
+        padded = _padded(rank)
+        tile = 64 if rows > 4096 or padded > 32 else 32 if rows > 2048 else 16
+        key = (
+            weight.device, weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype,
+            rows, columns, rank, stride_row, stride_column, project, recoverable,
+        )  # fmt: skip
         _row_scale(
             (-(-rows // tile), 1, 1), key,
+            (weight, lora_A, lora_B, magnitude, stats, projection),
             (
-                weight, lora_A, lora_B, magnitude, stats, projection, rows, columns, rank, stride_row, stride_column,
-                scaling, _ZERO, ILL_CONDITIONED, SMALLEST_SCALE, tile, 128, _padded(rank), split, project, recoverable,
+                rows, columns, rank, stride_row, stride_column,
+                scaling, _ZERO, ILL_CONDITIONED, SMALLEST_SCALE, tile, 128, padded, split, project, recoverable,
             ),
-            num_warps=4, num_stages=5 if tile == 64 else 3,
+            num_warps=4 if tile == 64 else 2, num_stages=5 if tile == 64 else 6,
         )  # fmt: skip
         return RowScale(stats, projection)
 
@@ -92,12 +108,11 @@ class FusedKernels(PlainKernels):
     def combine(base: Tensor, hidden: Tensor, factor: Tensor, stats: Tensor, bias: Tensor | None, s: float) -> Tensor:
         (n, rank), rows = hidden.shape, base.shape[-1]
         out = torch.empty_like(base)
-        key = None
-        if _aligned(base, factor) and (bias is None or _aligned(bias)):
-            key = (base.device, base.dtype, n == 1, n % 16 == 0, rows, rank, None if bias is None else bias.dtype)
+        key = base.device, base.dtype, n == 1, n % 16 == 0, rows, rank, None if bias is None else bias.dtype
         _combine(
             (-(-rows // 128), -(-n // 64), 1), key,
-            (base, hidden, factor, stats, bias, out, n, rows, rank, s, 64, 128, _padded(rank), bias is not None),
+            (base, hidden, factor, stats, bias, out),
+            (n, rows, rank, s, 64, 128, _padded(rank), bias is not None),
             num_warps=8,
         )  # fmt: skip
         return out
@@ -117,58 +132,78 @@ class FusedKernels(PlainKernels):
         through: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         (n, rows), rank = cotangent.shape, factor.shape[1]
-        tile = 16 if n < 4096 else 32 if n < 8192 else 64
-        blocks = -(-n // tile)
+        padded = _padded(rank)
+        tile, width = (64 if n >= 2048 or padded > 16 else 32), (128 if padded <= 64 else 64)
+        blocks, span = -(-n // tile), rows
+        if kept is not None:  # without the sums nothing follows that would add up parts of dz·factor
+            span = min(_SPAN, width * max(1, rows * blocks // (width * _PROGRAMS)))
+        splits = -(-rows // span)
         parts = dh = None
         if kept is not None:
             parts = torch.empty(blocks, rows, dtype=torch.float32, device=cotangent.device)
         if through:
-            dh = torch.empty(n, rank, dtype=factor.dtype, device=cotangent.device)
+            dtype = factor.dtype if splits == 1 else torch.float32
+            dh = torch.empty(splits, n, rank, dtype=dtype, device=cotangent.device)
         from_base = from_base and kept is not None
-        key = None
-        if _aligned(cotangent, factor) and (kept is None or _aligned(kept)) and (bias is None or _aligned(bias)):
-            key = (
-                cotangent.device, cotangent.dtype, n == 1, n % 16 == 0, tile, rows, rank,
-                None if bias is None else bias.dtype, kept is not None, hidden is not None, from_base, through,
-            )  # fmt: skip
-        padded = _padded(rank)
+        key = (
+            cotangent.device, cotangent.dtype, n == 1, n % 16 == 0, tile, span, splits == 1, rows, rank,
+            None if bias is None else bias.dtype, kept is not None, hidden is not None, from_base, through,
+        )  # fmt: skip
         _scale_cotangent(
-            (blocks, 1, 1), key,
+            (blocks, splits, 1), key,
+            (cotangent, kept, hidden, factor, stats, bias, out, parts, dh),
             (
-                cotangent, kept, hidden, factor, stats, bias, out, parts, dh, n, rows, rank, s,
-                tile, 128 if padded <= 64 else 64, padded, kept is not None, from_base, bias is not None, through,
+                n, rows, rank, span, s,
+                tile, width, padded, kept is not None, from_base, bias is not None, through,
             ),
-            num_warps=4 if tile < 64 else 8, num_stages=3 if padded <= 64 else 2,
+            num_warps=8 if padded > 64 else tile // 16, num_stages=3 if padded <= 64 else 2,
         )  # fmt: skip
         return parts, dh
 
     @staticmethod
     def norm_cotangent(
-        parts: Tensor, stats: Tensor, magnitude: Tensor, lora_B: Tensor, cotangents: Tensor, n: int, factors: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts: Tensor,
+        through: Tensor | None,
+        stats: Tensor,
+        magnitude: Tensor,
+        lora_B: Tensor,
+        cotangents: Tensor,
+        n: int,
+        factors: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         num_parts, rows = parts.shape
         rank = lora_B.shape[1]
         gradient = torch.empty_like(magnitude)
         coefficient = torch.empty(rows, dtype=torch.float32, device=parts.device)
         turns = 4 if factors else 1
-        blocks = -(-rows // (64 * turns))
-        gram = torch.empty(blocks, rank, rank, dtype=torch.float32, device=parts.device) if factors else None
+        programs = -(-rows // (64 * turns))
+        gram = torch.empty(programs, rank, rank, dtype=torch.float32, device=parts.device) if factors else None
         padded = cotangents.shape[0] - n
-        key = None
-        if _aligned(magnitude, lora_B):
-            key = (
-                parts.device, cotangents.dtype, magnitude.dtype, lora_B.dtype, rows, rank, factors, padded,
-                n == 1, n % 16 == 0, num_parts == 1, num_parts % 16 == 0,
-            )  # fmt: skip
+        splits, width, sums, dh = 1, 1, 0, None
+        if through is not None:
+            splits, _, width = through.shape
+            if splits == 1:
+                dh = through[0]
+            else:
+                dh = torch.empty(n, width, dtype=cotangents.dtype, device=parts.device)
+                sums = -(-n // 64)
+        key = (
+            parts.device, cotangents.dtype, magnitude.dtype, lora_B.dtype, rows, rank, factors, padded,
+            n == 1, n % 16 == 0, num_parts == 1, num_parts % 16 == 0, splits, width, sums > 0,
+        )  # fmt: skip
         _norm_cotangent(
-            (blocks, 1, 1), key,
+            (programs + sums, 1, 1), key,
             (
-                parts, stats, magnitude, lora_B, gradient, coefficient, gram, cotangents, n, num_parts, rows, rank,
-                padded, 64, turns, 64, _padded(rank), factors,
+                parts, through if sums else None, stats, magnitude, lora_B, gradient, coefficient, gram, cotangents,
+                dh if sums else None,
+            ),
+            (
+                n, num_parts, rows, rank, padded, splits, width, programs,
+                64, turns, 64, _padded(rank), factors, 64, _padded(width), sums > 0,
             ),
             num_warps=4,
         )  # fmt: skip
-        return gradient, coefficient, gram
+        return gradient, coefficient, gram, dh
 
     @staticmethod
     def factor_gradients(
@@ -190,19 +225,16 @@ class FusedKernels(PlainKernels):
         programs_A = 0 if product_A is None else -(-columns // 128)
         programs_B = 0 if product_B is None else -(-rows // 128)
         num_parts = 0 if gram is None else gram.shape[0]
-        key = None
-        if _aligned(lora_A):
-            product = product_B if product_A is None else product_A
-            product_dtype = None if product is None else product.dtype
-            key = (
-                coefficient.device, product_dtype, lora_A.dtype, lora_B.dtype, rows, columns, rank, split,
-                dA is None, dB is None, gram is None, projection is None, offset <= 1, offset % 16 == 0,
-            )  # fmt: skip
+        product = product_B if product_A is None else product_A
+        key = (
+            coefficient.device, None if product is None else product.dtype, lora_A.dtype, lora_B.dtype, rows, columns,
+            rank, split, dA is None, dB is None, gram is None, projection is None, offset <= 1, offset % 16 == 0,
+        )  # fmt: skip
         _factor_gradients(
             (programs_A + programs_B, 1, 1), key,
+            (product_A, product_B, through_weight, gram, coefficient, projection, lora_A, dA, dB),
             (
-                product_A, product_B, through_weight, offset, gram, coefficient, projection, lora_A, dA, dB,
-                num_parts, rows, columns, rank, 3 * rank if split else rank, s, programs_A,
+                offset, num_parts, rows, columns, rank, 3 * rank if split else rank, s, programs_A,
                 128, 128, _padded(rank), dA is not None, dB is not None, split,
             ),
             num_warps=4,
@@ -214,9 +246,9 @@ def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Returns whether addresses are multiples of 16; those of new tensors are."""
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    return addresses % 16 == 0
+def _aligned(addresses: list[int | None]) -> bool:
+    """Returns whether all are multiples of 16."""
+    together = 0
+    for address in addresses:
+        together |= address or 0
+    return together % 16 == 0

@@ -133,7 +133,8 @@ class PlainKernels:
             through: Whether ``dz factor`` is wanted.
 
         Returns:
-            (parts, out), which sum to ``dg = Σₙ dy ⊙ z``; and ``dz factor``, (n, k).
+            (parts, out), which sum to ``dg = Σₙ dy ⊙ z``; and (parts, n, k), which sum to ``dz factor``: one of them if
+            there are none of the former.
         """
         scale, parts, n = stats[0], None, cotangent.shape[0]
         wide = cotangent.to(scale.dtype)
@@ -146,16 +147,24 @@ class PlainKernels:
             else:
                 z = z * torch.where(scale == 0, 0.0, 1 / scale)
             parts = (wide * z).sum(0, keepdim=True)
-        return parts, out[:n] @ factor if through else None
+        return parts, (out[:n] @ factor).unsqueeze(0) if through else None
 
     @staticmethod
     def norm_cotangent(
-        parts: Tensor, stats: Tensor, magnitude: Tensor, lora_B: Tensor, cotangents: Tensor, n: int, factors: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns ``dm = dg/‖V‖``, ``k = dL/d‖V‖² = −½·dg·m/‖V‖³``, and parts that sum to ``(k ⊙ B)ᵀB``.
+        parts: Tensor,
+        through: Tensor | None,
+        stats: Tensor,
+        magnitude: Tensor,
+        lora_B: Tensor,
+        cotangents: Tensor,
+        n: int,
+        factors: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Returns ``dm = dg/‖V‖``, ``k = dL/d‖V‖² = −½·dg·m/‖V‖³``, parts of ``(k ⊙ B)ᵀB``, and ``dz factor``.
 
         Args:
             parts: (parts, out), summing to dg.
+            through: (parts, n, k), summing to ``dz factor``, or None.
             stats: g and 1/‖V‖.
             magnitude: m.
             lora_B: B.
@@ -163,16 +172,16 @@ class PlainKernels:
             n: Rows of the layer's input.
             factors: Whether A needs a gradient; if not the cotangents are left alone and the parts None.
         """
-        inverse = stats[1]
+        inverse, dh = stats[1], None if through is None else through.sum(0)
         gradient = parts.sum(0) * inverse
         coefficient = -0.5 * gradient * magnitude * inverse.square()
         if not factors:
-            return gradient.to(magnitude.dtype), coefficient, None
+            return gradient.to(magnitude.dtype), coefficient, None, dh
         B = lora_B.to(coefficient.dtype)
         weighted = (coefficient.unsqueeze(1) * B).T
         cotangents[n:] = 0
         cotangents[n : n + len(weighted)] = weighted
-        return gradient.to(magnitude.dtype), coefficient, (weighted @ B).unsqueeze(0)
+        return gradient.to(magnitude.dtype), coefficient, (weighted @ B).unsqueeze(0), dh
 
     @staticmethod
     def factor_gradients(

@@ -562,6 +562,32 @@ def test_the_gpus_layer_is_fused_and_synchronises_nothing(autocast):
 
 
 @needs_cuda
+def test_a_pass_is_captured_as_a_cuda_graph():
+    layer = make_layer(dtype=torch.bfloat16).cuda()
+    layer.lora_variant["default"] = ExactDoraVariant()
+    x, later = torch.randn(2, 300, 5, device="cuda", dtype=torch.bfloat16).unbind()
+    x = x.clone().requires_grad_()
+    parameters = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(layer(x).square().sum(), parameters))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        gradients()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    with torch.no_grad():
+        x.copy_(later)
+        for parameter in parameters[1:]:
+            parameter.mul_(1.5)
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(captured, gradients(), strict=True))
+
+
+@needs_cuda
 def test_one_layers_gradients_are_reproducible_on_the_gpu():
     tensors, weight, _ = layer_tensors(0, (300, 128), 256, 8, bias=False)
     low = {name: t.cuda().bfloat16() for name, t in tensors.items()}
