@@ -112,6 +112,12 @@ def test_a_flatten_in_the_middle_and_parameters_that_are_not_given() -> None:
     assert_each_tasks(network, values, torch.randn(TASKS, 4, 2, 2, 3, dtype=DOUBLE))
 
 
+@pytest.mark.usefixtures("no_vmap")
+def test_a_device_without_autocast() -> None:
+    network = nn.Sequential(nn.Linear(3, 2, device="meta"))
+    assert stacked_outputs(network, {}, torch.empty(TASKS, 4, 3, device="meta")).shape == (TASKS, 4, 2)
+
+
 # What is not
 
 

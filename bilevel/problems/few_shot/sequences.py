@@ -52,13 +52,17 @@ def layers_of(network: nn.Module, inputs: Tensor) -> Layers | None:
         network: The network.
         inputs: ``(M, n, …)``.
     """
-    if inputs.dim() < 3 or torch.is_autocast_enabled(inputs.device.type) or _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if inputs.dim() < 3 or _autocasts(inputs.device.type) or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     found = list(_flat("", network))
     if not all(_is_known(layer) for _, layer in found):
         return None
     parameters = [id(part) for _, layer in found for part in layer._parameters.values() if part is not None]
     return found if len(set(parameters)) == len(parameters) else None  # a shared one has a name of one layer only
+
+
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _flat(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
