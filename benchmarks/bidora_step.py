@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.bidora_rows import UNIT, Row, Setting, attention, make_engine, rows, runner, split_parameters
 from benchmarks.dora_gpu import STACKS, table, times
-from benchmarks.options import add_append, add_clock, add_results, carry_out, earlier, keep, named, new_parser
+from benchmarks.options import add_append, add_clock, add_results, command, earlier, keep, named, new_parser
 from benchmarks.peers.memory import peak_bytes
 from benchmarks.peers.reference import flat
 from benchmarks.peers.report import about, conditions
@@ -103,33 +102,8 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = [
         row for row in rows(arguments.inner_steps, not arguments.no_hand) if not (arguments.no_exact and row.eager)
     ]
-    models = {kind: setting.model(kind) for kind in dict.fromkeys(row.model for row in chosen)}
-    cuda = setting.device == "cuda"
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    steps = {row.name: runner(setting, row, models) for row in chosen}
-    by_name = {row.name: row for row in chosen}
-    memory: dict[str, int] = {}
-    for name in sorted(steps, key=lambda name: by_name[name].eager):  # compile, allocate the optimisers' memory
-        attention(models[by_name[name].model], "eager" if by_name[name].eager else "sdpa")
-        try:
-            for _ in range(2):
-                steps[name]()
-            memory[name] = peak_bytes(steps[name]) if cuda or arguments.memory else 0
-        except torch.OutOfMemoryError as error:
-            print(f"{name}: {str(error)[:100]}", flush=True)
-            del steps[name]
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for order in rotated(list(steps), arguments.rounds):
-        for name in order:
-            attention(models[by_name[name].model], "eager" if by_name[name].eager else "sdpa")
-            seconds[name].append(timed(steps[name], wait, arguments.repeats, cpu_time=arguments.cpu_time))
-    del steps, models
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    seconds, memory = timings(setting, chosen, arguments)
+    give_back(setting)
     checked = [row for row in chosen if row.runs == "engine"]
     for epsilon in arguments.epsilons:
         method = FiniteDifference(epsilon=epsilon)
@@ -152,6 +126,45 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     extra = [{"name": row.name, **off[row.name]} for row in checked if row not in chosen]
     lost = [row.name for row in chosen if row.name not in seconds]
     return {"setting": asdict(setting), "rows": table, "epsilons": extra, "out_of_memory": lost}
+
+
+def timings(
+    setting: Setting, chosen: Sequence[Row], arguments: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Returns the seconds and the peak memory of rows, without those for which there is not enough memory."""
+    models = {kind: setting.model(kind) for kind in dict.fromkeys(row.model for row in chosen)}
+    steps = {row.name: runner(setting, row, models) for row in chosen}
+    by_name = {row.name: row for row in chosen}
+    cuda = setting.device == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+
+    def switch(name: str) -> None:
+        attention(models[by_name[name].model], "eager" if by_name[name].eager else "sdpa")
+
+    memory: dict[str, int] = {}
+    for name in sorted(steps, key=lambda name: by_name[name].eager):  # compile, allocate the optimisers' memory
+        switch(name)
+        try:
+            for _ in range(2):
+                steps[name]()
+            memory[name] = peak_bytes(steps[name]) if cuda or arguments.memory else 0
+        except torch.OutOfMemoryError as error:
+            print(f"{name}: {str(error)[:100]}", flush=True)
+            del steps[name]
+        give_back(setting)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for order in rotated(list(steps), arguments.rounds):
+        for name in order:
+            switch(name)
+            seconds[name].append(timed(steps[name], wait, arguments.repeats, cpu_time=arguments.cpu_time))
+    return seconds, memory
+
+
+def give_back(setting: Setting) -> None:
+    """Lets go of memory that nobody holds."""
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def title(setting: Mapping[str, Any], document: Mapping[str, Any]) -> str:
@@ -210,9 +223,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory on the CPU too, by the profiler")
     add_clock(parser, rounds=7)
     add_results(parser)
-    given = list(sys.argv[1:] if given is None else given)
-    arguments = parser.parse_args(given)
-    carry_out(arguments, lambda: run(arguments, given), lines_of)
+    command(parser, given, run, lines_of)
 
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.options import add_comparison, carry_out, named, new_parser, show_and_keep
+from benchmarks.options import add_comparison, command, named, new_parser, show_and_keep
 from benchmarks.peers.environments import find
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.report import about, lines_of, scientific
@@ -179,9 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", default="full", choices=("small", "full"))
     parser.add_argument("--steps", type=int, default=3, help="outer steps a round")
     add_comparison(parser, rounds=15)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given)
-    carry_out(options, lambda: run(options, given), lines_of)
+    command(parser, arguments, run, lines_of)
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> None:

@@ -226,18 +226,7 @@ def measure(
     found = {method: gradients(model, case, data) for method, model in models.items()} if compare else {}
     del models, runs
     gc.collect()
-    errors = {}
-    if compare:
-        for kind in ("LoRA", "exact DoRA, torch"):
-            model = adapted(case, kind, device, torch.float32)
-            exact = gradients(model, Case(case.shape, case.rank, "float32", case.batch, case.length), _wide(data))
-            del model
-            for method in methods:
-                if ("DoRA" in method) == ("DoRA" in kind):
-                    errors[method] = {
-                        part: distance(found[method], exact, part)
-                        for part in ("lora_A", "lora_B", *(["magnitude"] if "DoRA" in kind else []))
-                    }
+    errors = _errors(case, found, data, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     lora = methods[0]
@@ -253,6 +242,22 @@ def measure(
         for method in methods
     }
     return {"case": case.__dict__ | {"name": str(case)}, "methods": rows}
+
+
+def _errors(
+    case: Case, found: Mapping[str, dict[str, Tensor]], data: tuple[Tensor, Tensor], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Returns how far methods' gradients are from those of the same formula in float32, by kind of parameter."""
+    errors = {}
+    for kind in ("LoRA", "exact DoRA, torch") if found else ():
+        model = adapted(case, kind, device, torch.float32)
+        exact = gradients(model, Case(case.shape, case.rank, "float32", case.batch, case.length), _wide(data))
+        del model
+        parts = ("lora_A", "lora_B", *(["magnitude"] if "DoRA" in kind else []))
+        for method, own in found.items():
+            if ("DoRA" in method) == ("DoRA" in kind):
+                errors[method] = {part: distance(own, exact, part) for part in parts}
+    return errors
 
 
 def _wide(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

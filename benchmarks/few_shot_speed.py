@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from benchmarks.options import add_append, add_clock, add_results, carry_out, earlier, keep, named, new_parser
+from benchmarks.options import add_append, add_clock, add_results, command, earlier, keep, named, new_parser
 from benchmarks.peers.report import about, conditions
 from benchmarks.peers.timing import median, ratio, rotated, timed
 from bilevel import ConjugateGradient, Engine, EngineConfig, Unrolled
@@ -340,9 +339,7 @@ def main(given: Sequence[str] | None = None) -> None:
     add_append(parser)
     add_clock(parser, rounds=7)
     add_results(parser)
-    given = list(sys.argv[1:] if given is None else given)
-    arguments = parser.parse_args(given)
-    carry_out(arguments, lambda: run(arguments, given), lines_of)
+    command(parser, given, run, lines_of)
 
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "add_environments",
     "add_results",
     "carry_out",
+    "command",
     "earlier",
     "keep",
     "measures",
@@ -74,6 +76,18 @@ def add_comparison(parser: argparse.ArgumentParser, rounds: int) -> None:
     add_environments(parser)
     add_data(parser)
     add_results(parser)
+
+
+def command(
+    parser: argparse.ArgumentParser,
+    given: Sequence[str] | None,
+    measure: Callable[[argparse.Namespace, Sequence[str]], object],
+    lines_of: Callable[[Mapping[str, Any]], Sequence[str]],
+) -> None:
+    """Parses arguments, the process's own where none are given, and carries them out; ``measure(options, given)``."""
+    given = list(sys.argv[1:] if given is None else given)
+    options = parser.parse_args(given)
+    carry_out(options, lambda: measure(options, given), lines_of)
 
 
 def carry_out(

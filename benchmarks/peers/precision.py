@@ -16,7 +16,6 @@ import argparse
 import importlib
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.options import add_comparison, carry_out, named, new_parser, show_and_keep
+from benchmarks.options import add_comparison, command, named, new_parser, show_and_keep
 from benchmarks.peers.environments import LIBRARIES, interpreters
 from benchmarks.peers.protocol import Remote, WorkerError
 from benchmarks.peers.reference import IndefiniteError, Point, conjugate_gradient, new_inner, unflat
@@ -470,9 +469,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=("small", "full"), default="full")
     parser.add_argument("--steps", type=int, default=STEPS)
     add_comparison(parser, rounds=5)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given)
-    carry_out(options, lambda: _run(options, given), lines_of)
+    command(parser, arguments, _run, lines_of)
 
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> None:
