@@ -18,7 +18,8 @@ __all__ = ["NamedArguments", "check_choice", "check_integer", "check_number"]
 class NamedArguments:
     """Base of classes that name the arguments they have where one is misspelt; Python names the wrong one only.
 
-    A class whose constructor passes ``**settings`` on is not asked: what they are is known further up.
+    A class of this library whose constructor passes ``**settings`` on has those of its base too. One outside may take
+    what it wants from them: it is not asked.
 
     Example:
         >>> class Solver(NamedArguments):
@@ -33,14 +34,27 @@ class NamedArguments:
         """Refuses a misspelt argument."""
         if cls.__init__ is object.__init__ and (args or named):  # which would take anything beside another __new__
             raise TypeError(f"{cls.__name__}() takes no arguments")
-        if named:
-            _, *parameters = inspect.signature(cls.__init__).parameters.values()
-            kinds = {parameter.kind for parameter in parameters}
-            known = [parameter.name for parameter in parameters]
-            unknown = [name for name in named if name not in known]
-            if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
-                raise unknown_name(f"argument of {cls.__name__}", unknown[0], known)
+        known = _arguments(cls) if named else None
+        unknown = [name for name in named if known is not None and name not in known]
+        if known is not None and unknown:
+            raise unknown_name(f"argument of {cls.__name__}", unknown[0], known)
         return super().__new__(cls)
+
+
+def _arguments(cls: type) -> list[str] | None:
+    """Returns the names of all arguments of a class; None where that cannot be known."""
+    found: list[str] = []
+    for owner in cls.__mro__:
+        if "__init__" not in owner.__dict__:
+            continue
+        _, *parameters = inspect.signature(owner.__dict__["__init__"]).parameters.values()
+        rest = [each.name for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD]
+        found += [each.name for each in parameters if each.name not in rest]
+        if not rest:
+            return found
+        if owner.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            return None
+    return None
 
 
 def check_number(

@@ -16,7 +16,18 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from bilevel import Callback, Certificate, Engine, EngineConfig, Problem, SolveInfo, Status, callbacks, hypergradcheck
+from bilevel import (
+    Callback,
+    Certificate,
+    Engine,
+    EngineConfig,
+    Problem,
+    SolveInfo,
+    Status,
+    callbacks,
+    hypergradcheck,
+    problems,
+)
 from bilevel import single_loop as single
 from bilevel.callbacks import Progress
 from bilevel.errors import (
@@ -64,6 +75,14 @@ MISSPELT: dict[str, tuple[Callable[[], Any], str]] = {
         "EarlyStopping 'patiance': did you mean 'patience'",
     ),
     "certificate": (lambda: Certificate(strong_convex=1.0), "Certificate 'strong_convex': did you mean 'strong_"),
+    "ready-made problem": (
+        lambda: problems.Reweighted(nn.Linear(1, 1), wieght_decay=0.1),
+        "Reweighted 'wieght_decay': did you mean 'weight_decay'",
+    ),
+    "ready-made problem, of its base": (
+        lambda: problems.ExampleWeights(3, optimiser=sgd),
+        "ExampleWeights 'optimiser': did you mean 'optimizer'",
+    ),
     "single loop": (lambda: single.SOBA(inner_steps=0.1), "SOBA 'inner_steps': did you mean 'inner_step'"),
 }
 
