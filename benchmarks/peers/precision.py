@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from benchmarks.peers.reference import IndefiniteError, Point, conjugate_gradien
 from benchmarks.peers.report import about, complain, lines_of, scientific
 from benchmarks.peers.run import Settings, has_side
 from benchmarks.peers.side import Arrays, Method, NotOffered, Task
-from benchmarks.peers.timing import rotated
+from benchmarks.peers.timing import median, rotated
 from benchmarks.peers.verdict import error
 
 __all__ = ["Path50", "main", "path"]
@@ -443,12 +442,12 @@ def lines(contenders: Sequence[Contender]) -> list[str]:
     """Returns the table; the ratio is to the fastest peer that is right and uses torch."""
     right = [one for one in contenders if one.errors and max(one.errors) <= LIMIT]
     peers = [one for one in right if one.library not in ("hand", "bilevel", "bilevel_compiled", "jaxopt")]
-    best = min(peers, key=lambda one: statistics.median(one.seconds[1:]), default=None)
+    best = min(peers, key=lambda one: median(one.seconds[1:]), default=None)
     table = [
         "| library | method | products a step | worst error | s for all steps | to the best peer |",
         "|---|---|---|---|---|---|",
     ]
-    for one in sorted(contenders, key=lambda one: statistics.median(one.seconds[1:]) if one in right else math.inf):
+    for one in sorted(contenders, key=lambda one: median(one.seconds[1:]) if one in right else math.inf):
         worst = max(one.errors, default=math.nan)
         products = "–" if math.isnan(one.products) else f"{one.products:.1f}"
         name = LIBRARIES[one.library].name
@@ -456,8 +455,8 @@ def lines(contenders: Sequence[Contender]) -> list[str]:
             why = one.failed or f"**wrong**: never within {LIMIT:g}"
             table.append(f"| {name} | {one.label} | {products} | {scientific(worst)} | {why} |  |")
             continue
-        ratios = [a / b for a, b in zip(one.seconds[1:], best.seconds[1:], strict=True)] if best else [math.nan]
-        numbers = f"{statistics.median(one.seconds[1:]):.3g} | {statistics.median(ratios):.2f}"
+        ratios = [a / b for a, b in zip(one.seconds[1:], best.seconds[1:], strict=True)] if best else []
+        numbers = f"{median(one.seconds[1:]):.3g} | " + (f"{median(ratios):.2f}" if ratios else "–")
         table.append(f"| {name} | {one.label} | {products} | {scientific(worst)} | {numbers} |")
     return table
 
