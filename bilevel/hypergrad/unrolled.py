@@ -15,10 +15,10 @@ from bilevel.hypergrad.base import InnerProblem, InnerStep, Pullback, Response, 
 from bilevel.hypergrad.inner_updates import InnerUpdates, Trajectory
 from bilevel.hypergrad.mixed_product import pulled_back
 from bilevel.hypergrad.unrolled_forward import forward_response
-from bilevel.optim import pulled_linear
+from bilevel.optim import Pulled, pulled_linear
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_integer
-from bilevel.vector import Tensors, add, is_finite, promote, zeros_like
+from bilevel.vector import Tensors, axpy, is_finite, promote, zeros_like
 
 __all__ = ["Unrolled"]
 
@@ -136,11 +136,10 @@ class _ReverseResponse(Response):
         inner, start = promote(cotangent), self.problem.start
         memory = zeros_like(steps[-1].memory)
         total = zeros_like(promote(self.problem.outer))
-        for place, step in reversed(list(enumerate(steps))):
+        for place in reversed(range(len(steps))):
             # nothing comes before the oldest step: its parameters need no cotangent, but where they are outer ones
             oldest = place == 0 and start is None
-            inner, memory, outer = _pull_step(step, inner, memory, self.problem.outer, oldest=oldest)
-            total = add(total, promote(outer))
+            inner, memory, total = _pull_step(steps[place], inner, memory, self.problem.outer, total, oldest=oldest)
         if start is not None:
             arrived = list(total)
             for place, part in zip(start, inner, strict=True):
@@ -154,36 +153,35 @@ class _ReverseResponse(Response):
 
 
 def _pull_step(
-    step: InnerStep, inner_bar: Tensors, memory_bar: Tensors, outer: Tensors, *, oldest: bool
+    step: InnerStep, inner_bar: Tensors, memory_bar: Tensors, outer: Tensors, outer_bar: Tensors, *, oldest: bool
 ) -> tuple[Tensors, Tensors, Tensors]:
     """Pulls cotangents of the state after a step back to the state before it and to the outer parameters.
 
     With ``(w', m') = U(w, g, m)`` and ``g = ∂f/∂w (w, λ)``: first through U to ``(w̄, ḡ, m̄)``, then through g,
-    which adds ``(∂g/∂w)ᵀ ḡ`` to w̄ and gives ``λ̄ = (∂g/∂λ)ᵀ ḡ``.
+    which adds ``(∂g/∂w)ᵀ ḡ`` to w̄ and ``(∂g/∂λ)ᵀ ḡ`` to λ̄. Of the oldest step λ̄ alone is wanted.
     """
     objective, kept = step.objective, None if step.graph is None or step.graph.spent else step.graph
     point = leaves(step.inner) if kept is None else kept.inner
 
-    def body(evaluate: Evaluate) -> tuple[Tensors, Tensors, Tensors]:
+    def body(evaluate: Evaluate) -> tuple[Pulled, Tensors]:
         if kept is None:
             grads = dense_gradient(gradient(evaluate(), point, objective, create_graph=True), point)
         else:
             grads = kept.take()
-        direct, field, memory = _pull_update(step, grads, inner_bar, memory_bar)
-        inputs = (() if oldest else point) + outer
-        pulled = pulled_back(objective, grads, field, inputs, retain=kept is not None and not kept.once)
-        if oldest:
-            return (), (), pulled
-        inner, more = promote(pulled[: len(point)]), pulled[len(point) :]
-        return add(promote(direct), inner), memory, more
+        update = _pull_update(step, grads, inner_bar, memory_bar)
+        inputs = outer if oldest else point + outer
+        retain = kept is not None and not kept.once
+        return update, pulled_back(objective, grads, update.grads, inputs, retain=retain)
 
-    return objective.within(point, outer, body)
+    update, pulled = objective.within(point, outer, body)
+    if oldest:
+        return (), (), axpy(update.factor, pulled, outer_bar)
+    bars = axpy(update.factor, pulled, update.params + outer_bar)
+    return bars[: len(point)], update.memory, bars[len(point) :]
 
 
-def _pull_update(
-    step: InnerStep, grads: Tensors, inner_bar: Tensors, memory_bar: Tensors
-) -> tuple[Tensors, Tensors, Tensors]:
-    """Returns the cotangents of parameters, gradient and memory that the optimiser's update took."""
+def _pull_update(step: InnerStep, grads: Tensors, inner_bar: Tensors, memory_bar: Tensors) -> Pulled:
+    """Returns the cotangents of parameters (in float32 or better), gradient and memory that the update took."""
     linear = pulled_linear(step.update, inner_bar, memory_bar)
     if linear is not None:
         return linear
@@ -195,7 +193,7 @@ def _pull_update(
     inputs = inner + values + memory
     pulled = _cotangents(new_inner + new_memory, inner_bar + memory_bar, inputs)
     first, second = len(inner), len(inner) + len(values)
-    return pulled[:first], pulled[first:second], pulled[second:]
+    return Pulled(promote(pulled[:first]), pulled[first:second], pulled[second:])
 
 
 def _cotangents(outputs: Sequence[Tensor], bars: Tensors, inputs: Tensors) -> Tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,13 +64,10 @@ class Recorder:
         with torch.no_grad():
             inner = tuple([p.clone() for p in problem.parameters])
         buffers = parts.slots.buffer_values(None if earlier is None else earlier.buffers)
-        below = {
-            other: Settled(records[other], tuple(p.detach().clone() for p in parts.problems[other].parameters))
-            for other in dependencies.settled_before(problem.name, active)
-        }
+        below = self._settled_below(problem, records, active) if dependencies.lower[problem.name] else {}
         above, last = dependencies.responds_to(problem.name), remaining == 0
         if estimator.keeps_graph and (estimator.num_graphs is None or remaining < estimator.num_graphs):
-            outer = tuple(p for name in above for p in parts.problems[name].parameters)
+            outer = parts.parameters(above)
             # One problem above: one product. Several, or problems that respond to each other, take more of them.
             value, metrics, grads, graph = take_with_graph(
                 problem, batches, inner, outer, parts.slots, parts.passes, once=len(above) == 1
@@ -87,10 +84,20 @@ class Recorder:
         step = RecordedUpdate(
             batches, generators, inner, memory, update, buffers, graph=graph, first=first, below=below
         )
-        if not last:
-            return result, step
-        versions = {id(p): p._version for name in result.others for p in parts.problems[name].parameters}
-        return result, replace(step, gradient=result.gradient, outer_gradient=result.others, outer_versions=versions)
+        if last:
+            step.gradient, step.outer_gradient = result.gradient, result.others
+            step.outer_versions = {id(p): p._version for p in parts.parameters([*result.others])}
+        return result, step
+
+    def _settled_below(
+        self, problem: Problem, records: Mapping[str, InnerRecord], active: frozenset[str]
+    ) -> dict[str, Settled]:
+        """Returns the problems below, as they are now."""
+        problems = self.differentiator.gradients.problems
+        return {
+            other: Settled(records[other], tuple(p.detach().clone() for p in problems[other].parameters))
+            for other in self.differentiator.dependencies.settled_before(problem.name, active)
+        }
 
 
 def _followed(problem: Problem) -> tuple[Update, Tensors]:

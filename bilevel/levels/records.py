@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class Settled:
     values: Tensors
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RecordedUpdate:
     """One inner update: see :class:`~bilevel.hypergrad.InnerStep`.
 
@@ -79,7 +79,7 @@ class InnerRecord:
         for step in self.trajectory:
             for settled in step.below.values():
                 settled.record.release_graphs()
-        self.trajectory = [replace(step, graph=None, outer_gradient={}) for step in self.trajectory]
+            step.graph, step.outer_gradient = None, {}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.double_backward import made_since, operations_made, refuse_once_differentiable
-from bilevel.functional import PassCount, dense_gradient, derivatives, independent, leaves
+from bilevel.functional import PassCount, dense_gradient, derivatives, gradients_on, independent, leaves
 from bilevel.hypergrad.base import StepGraph
 from bilevel.levels.metrics import mean_metrics
 from bilevel.problems.base import Problem
@@ -73,7 +73,7 @@ def take_with_graph(
     before = operations_made()
     # Backward inside the swap: activation checkpointing evaluates again with what the modules hold at that moment.
     apart = slots.buffers_apart() if slots.has_buffers else nullcontext()
-    with apart, slots.swapped(problem.parameters, copies), torch.enable_grad():
+    with apart, slots.swapped(problem.parameters, copies), gradients_on():
         taken = [problem.evaluate_loss(batch) for batch in batches]
         value = taken[0][0] if len(taken) == 1 else torch.stack([loss for loss, _ in taken]).mean()
         metrics = mean_metrics([more for _, more in taken])
@@ -83,9 +83,9 @@ def take_with_graph(
             once = made_since(refuse_once_differentiable(value, copies, name), before) and once
             grads = derivatives(value, copies, create_graph=True, name=name)
             passes.backward += 1
-    if all(grad is None for grad in grads):
+    if not any(grad is not None for grad in grads):
         raise independent(name)
     gradient = dense_gradient(grads, copies)
     versions = {id(p): p._version for p in outer}
-    local = tuple(grad.detach() for grad in gradient)
+    local = tuple(map(Tensor.detach, gradient))
     return value.detach(), metrics, local, KeptGraph(StepGraph(copies, gradient, once), versions)

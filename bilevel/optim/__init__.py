@@ -4,7 +4,7 @@ An update maps (parameters, gradients, memory) to (parameters, memory), where me
 tensors. Hyper-parameters are those that the user's optimiser had at that step, for every parameter by its group.
 """
 
-from bilevel.optim.base import Rule, Update
+from bilevel.optim.base import Pulled, Rule, Update
 from bilevel.optim.curvature import curvature_of
 from bilevel.optim.update import (
     OPTIMIZERS,
@@ -18,6 +18,7 @@ from bilevel.optim.update import (
 
 __all__ = [
     "OPTIMIZERS",
+    "Pulled",
     "Rule",
     "Update",
     "clipped",

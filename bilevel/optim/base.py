@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel.vector import Tensors
 
-__all__ = ["Rule", "Update", "root"]
+__all__ = ["Pulled", "Rule", "Update", "root"]
 
 Update = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 """``(parameters, gradients, memory) -> (parameters, memory)``."""
+
+
+class Pulled(NamedTuple):
+    """Cotangents of what an update took, from those of what it returned.
+
+    Attributes:
+        params: Of the parameters.
+        grads: Of the gradients, but for ``factor``.
+        memory: Of the memory.
+        factor: What those of the gradients are still to be multiplied by. What is linear in them may be multiplied
+            instead, together with the addition that comes after it.
+    """
+
+    params: Tensors
+    grads: Tensors
+    memory: Tensors
+    factor: float = 1.0
 
 
 class Rule(ABC):
@@ -62,7 +79,7 @@ class Rule(ABC):
                 grad = grad.add(param, alpha=self.weight_decay)
         return self.update(param, grad, memory)
 
-    def pull(self, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors] | None:
+    def pull(self, params: Tensors, memory: Tensors) -> Pulled | None:
         """Returns the cotangents of parameters, gradients and memory before the update, from those of what it returned.
 
         None where they depend on more than the hyper-parameters: the update is not linear, and is differentiated.

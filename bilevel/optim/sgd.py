@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.optim.base import Rule
-from bilevel.vector import Tensors, add, axpy, negative, scale, zeros_like
+from bilevel.optim.base import Pulled, Rule
+from bilevel.vector import Tensors, add, axpy, scale, zeros_like
 
 __all__ = ["SGD"]
 
@@ -23,17 +23,18 @@ class SGD(Rule):
         self.nesterov = bool(group["nesterov"])
         self.slots = ("momentum_buffer",) if self.momentum else ()
 
-    def pull(self, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+    def pull(self, params: Tensors, memory: Tensors) -> Pulled:
         """See :meth:`Rule.pull`: the update is linear."""
-        grads, before = scale(-self.learning_rate, params), memory
+        grads, before, factor = params, memory, -self.learning_rate
         if self.momentum:
-            buffers = axpy(self.momentum if self.nesterov else 1.0, grads, memory)
+            steps = scale(-self.learning_rate, params)
+            buffers = axpy(self.momentum if self.nesterov else 1.0, steps, memory)
             through = scale(1 - self.dampening, buffers) if self.made and self.dampening else buffers
-            grads = add(grads, through) if self.nesterov else through
+            grads, factor = add(steps, through) if self.nesterov else through, 1.0
             before = scale(self.momentum, buffers) if self.made else zeros_like(buffers)
         if self.weight_decay != 0.0:
-            params = axpy(self.weight_decay, grads, params)
-        return params, negative(grads) if self.maximize else grads, before
+            params = axpy(self.weight_decay * factor, grads, params)
+        return Pulled(params, grads, before, -factor if self.maximize else factor)
 
     def update(self, param: Tensor, grad: Tensor, memory: Tensors) -> tuple[Tensor, Tensors]:
         """See :meth:`Rule.update`."""

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from bilevel.errors import ConfigError
 from bilevel.optim.adam import Adam, Adamax, AdamW, NAdam, RAdam
-from bilevel.optim.base import Rule, Update
+from bilevel.optim.base import Pulled, Rule, Update
 from bilevel.optim.rmsprop import Adadelta, Adagrad, RMSprop
 from bilevel.optim.sgd import SGD
-from bilevel.vector import Tensors
+from bilevel.vector import Tensors, scale
 
 __all__ = ["OPTIMIZERS", "clipped", "default_update", "learning_rates", "projected", "pulled_linear", "update_of"]
 
@@ -47,9 +47,9 @@ OPTIMIZERS: Mapping[str, tuple[type[Optimizer], Mapping[str, Any]]] = {
 class _PerParameter:
     rules: tuple[Rule, ...]
 
-    def pull(self, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors] | None:
+    def pull(self, params: Tensors, memory: Tensors) -> Pulled | None:
         start = place = 0
-        found = []
+        found: list[Pulled] = []
         for _, alike in itertools.groupby(self.rules, key=id):
             rule, *others = alike
             stop = start + 1 + len(others)
@@ -61,8 +61,12 @@ class _PerParameter:
             start, place = stop, end
         if len(found) == 1:
             return found[0]
-        before, grads, slots = (tuple(itertools.chain(*parts)) for parts in zip(*found, strict=True))
-        return before, grads, slots
+        if len({pulled.factor for pulled in found}) > 1:
+            found = [Pulled(one, scale(factor, grads), slots) for one, grads, slots, factor in found]
+        before, grads, slots = (
+            tuple(itertools.chain(*parts)) for parts in zip(*[one[:3] for one in found], strict=True)
+        )
+        return Pulled(before, grads, slots, found[0].factor)
 
     def __call__(self, params: Tensors, grads: Tensors, memory: Tensors) -> tuple[Tensors, Tensors]:
         new_params: list[Tensor] = []
@@ -151,7 +155,7 @@ def projected(update: Update, project: Callable[[Tensors], Tensors]) -> Update:
     return _Projected(update, project)
 
 
-def pulled_linear(update: Update, params: Tensors, memory: Tensors) -> tuple[Tensors, Tensors, Tensors] | None:
+def pulled_linear(update: Update, params: Tensors, memory: Tensors) -> Pulled | None:
     """Pulls cotangents back through an update that is linear in parameters, gradients and memory (SGD's).
 
     Args:

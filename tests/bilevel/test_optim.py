@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel.errors import ConfigError
-from bilevel.optim import OPTIMIZERS, default_update, pulled_linear, update_of
+from bilevel.optim import OPTIMIZERS, Pulled, default_update, pulled_linear, update_of
+from bilevel.vector import scale
 from tests.bilevel.strategies import DOUBLE, forall
 
 betas = st.tuples(st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.5, 0.9, 0.999]))
@@ -264,7 +265,14 @@ def test_options_that_would_be_lost_are_refused() -> None:
     update_of(optimizer, params)
 
 
-@forall(60, chosen=optimizers, number=st.integers(0, 2**31), steps=st.integers(0, 2))
+def all_of(pulled: Pulled) -> tuple[Tensor, ...]:
+    return *pulled.params, *scale(pulled.factor, pulled.grads), *pulled.memory
+
+
+descents = st.tuples(st.just(torch.optim.SGD), SETTINGS[torch.optim.SGD])
+
+
+@forall(60, chosen=descents | optimizers, number=st.integers(0, 2**31), steps=st.integers(0, 2))
 def test_linear_updates_are_pulled_back_as_autograd_does(
     chosen: tuple[Any, dict[str, Any]], number: int, steps: int
 ) -> None:
@@ -284,7 +292,7 @@ def test_linear_updates_are_pulled_back_as_autograd_does(
     assert (found is not None) == (kind is torch.optim.SGD)
     if found is not None:
         expected = torch.autograd.grad((*new_params, *new_memory), inputs, bars, allow_unused=True)
-        for ours, theirs in zip((*found[0], *found[1], *found[2]), expected, strict=True):
+        for ours, theirs in zip(all_of(found), expected, strict=True):
             torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
 
 
@@ -307,8 +315,19 @@ def test_parameters_share_a_rule_where_group_and_count_are_the_same() -> None:
     found = pulled_linear(update, tuple(bars[:4]), tuple(bars[4:]))
     assert found is not None
     expected = torch.autograd.grad((*results[0], *results[1]), inputs, bars, allow_unused=True)
-    for ours, theirs in zip((*found[0], *found[1], *found[2]), expected, strict=True):
+    for ours, theirs in zip(all_of(found), expected, strict=True):
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
+
+
+def test_plain_gradient_descent_scales_nothing_on_the_way_back() -> None:
+    """The rate waits for what the products are added to."""
+    params, generator = parameters(3)
+    update, _ = update_of(torch.optim.SGD(params, lr=0.1, maximize=True), params)
+    bars = gradients(params, generator)
+    found = pulled_linear(update, bars, ())
+    assert found is not None
+    assert all(one is bar and other is bar for one, other, bar in zip(found.params, found.grads, bars, strict=True))
+    assert found.factor == 0.1
 
 
 def test_a_rule_that_reads_the_state_is_not_shared() -> None:

@@ -221,6 +221,24 @@ def test_passes_are_what_the_documentation_says(method: Unrolled, expected: tupl
     assert passes == [expected] * 3
 
 
+@pytest.mark.parametrize(("optimizer", "more"), [("sgd", 0), ("momentum", 0), ("adamw", 4), ("rmsprop", 4)])
+@pytest.mark.parametrize("memory", ["graph", "replay"])
+def test_autograd_runs_once_a_pass(memory: str, optimizer: str, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once for each of 4 updates that are not linear, to differentiate them."""
+    engine = make(Unrolled(memory=memory), optimizer=OPTIMIZERS[optimizer])
+    engine.step()
+    run_backward, runs = torch.autograd._engine_run_backward, 0
+
+    def counted(*arguments: Any, **how: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return run_backward(*arguments, **how)
+
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", counted)
+    _, backward = engine.step().passes
+    assert runs == backward + more
+
+
 def test_asking_for_the_hypergradient_after_a_step_replays() -> None:
     # The graphs speak of the outer parameters before their update; they are gone, not used in silence.
     found = []
