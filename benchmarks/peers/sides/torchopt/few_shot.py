@@ -46,16 +46,17 @@ class Implicit(KeepingSide):
         self.problem = problem
         self.start = [p.detach().clone().requires_grad_() for p in problem.network.parameters()]
         self.outer = KeepingSGD(self.start, lr=problem.outer_rate)
+        self.solvers = [self.solver(number) for number in range(problem.count)]
 
     def step(self) -> None:
         self.outer.zero_grad()
-        for number in range(self.problem.count):
-            w = self.solved(number)(tuple(p.detach() for p in self.start), tuple(self.start))
+        for number, solved in enumerate(self.solvers):
+            w = solved(tuple(p.detach() for p in self.start), tuple(self.start))
             loss = self.problem.query_loss(self.problem.with_parameters(w), number)
             (loss / self.problem.count).backward(inputs=self.start)
         self.outer.step()
 
-    def solved(self, number: int) -> Any:
+    def solver(self, number: int) -> Any:
         problem, beta = self.problem, self.problem.proximal
 
         def objective(w: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
@@ -69,7 +70,7 @@ class Implicit(KeepingSide):
         solve = torchopt.linear_solve.solve_cg(maxiter=problem.products, rtol=0.0, atol=0.0)
 
         @torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=solve)
-        def solver(w: tuple[Tensor, ...], start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def solved(w: tuple[Tensor, ...], start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             fixed = [p.detach() for p in start]
             for _ in range(problem.steps):
                 with torch.enable_grad():
@@ -78,7 +79,7 @@ class Implicit(KeepingSide):
                 w = tuple(p.detach() - problem.rate * g for p, g in zip(here, grads, strict=True))
             return w
 
-        return solver
+        return solved
 
 
 def build(tasks: Tasks, method: Method) -> Side:
