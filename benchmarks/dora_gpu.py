@@ -331,8 +331,9 @@ def lines_of(document: Mapping[str, Any]) -> list[str]:
         worst = {key: f"{max(row['errors'].values()):.1e}" if row.get("errors") else "" for key, row in sides.items()}
         if any(worst.values()):
             errors.append({"": name, **worst})
-    told = "{device}, torch {torch}, PEFT {peft}, {rounds} rounds".format(**document)
-    lines = [f"Measured on {told}{document.get('note', '')}.", "", *table(rows)]
+    told = "{device}, torch {torch}, PEFT {peft}".format(**document)
+    rounds = " and ".join(map(str, sorted({result["rounds"] for result in document["results"]})))
+    lines = [f"Measured on {told}, {rounds} rounds.", "", *table(rows)]
     if errors:
         lines += ["", "Largest relative error of the gradients of A, B and m:", "", *table(errors)]
     return lines
@@ -390,13 +391,12 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         if case.graph:  # the torch path reads from the device, whether a row is ill-conditioned
             methods = [method for method in methods if not method.endswith("torch")]
         result = measure(case, ("LoRA", *methods), arguments.rounds, device, not arguments.no_errors)
-        results.append(result)
+        results.append(result | {"rounds": arguments.rounds})
         print(line(result), flush=True)
     return {
         "device": name,
         "torch": torch.__version__,
         "peft": peft.__version__,
-        "rounds": arguments.rounds,
         "results": results,
     }
 
