@@ -10,13 +10,13 @@ from transformers import TrainingArguments
 from bidora.settings import METHODS
 from bilevel import Estimator, as_estimator
 from bilevel.errors import ConfigError
-from bilevel.validation import check_choice, check_integer, check_number
+from bilevel.validation import NamedArguments, check_choice, check_integer, check_number
 
 __all__ = ["BiDoRATrainingArguments"]
 
 
 @dataclass
-class BiDoRATrainingArguments(TrainingArguments):
+class BiDoRATrainingArguments(NamedArguments, TrainingArguments):
     """``transformers.TrainingArguments`` with the settings of the search.
 
     ``learning_rate``, the schedule (linear, 10 % warm-up unless set otherwise), ``num_train_epochs`` or

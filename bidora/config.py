@@ -8,12 +8,13 @@ from typing import Any
 from peft import LoraConfig
 
 from bilevel.errors import ConfigError
+from bilevel.validation import NamedArguments
 
 __all__ = ["BiDoRAConfig", "check_config"]
 
 
 @dataclass
-class BiDoRAConfig(LoraConfig):
+class BiDoRAConfig(NamedArguments, LoraConfig):
     """A ``peft.LoraConfig`` with DoRA on: same fields, same file.
 
     It adds no field of its own, so the ``adapter_config.json`` that is saved is that of a plain DoRA adapter. The
@@ -26,6 +27,7 @@ class BiDoRAConfig(LoraConfig):
     Raises:
         ConfigError: ``use_dora=False``, or a setting that trains or replaces something besides the direction, the
             magnitude and ``modules_to_save``. See :func:`check_config`.
+        UnknownNameError: A misspelt argument.
 
     Example:
         >>> config = BiDoRAConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from bidora.arguments import BiDoRATrainingArguments
 from bidora.config import BiDoRAConfig
 from bidora.model import get_bidora_model, parameter_roles, use_exact_dora
 from bidora.variants import dora_layers
-from bilevel.errors import ConfigError, ParameterError
+from bilevel.errors import ConfigError, ParameterError, UnknownNameError
 
 Make = Callable[..., nn.Module]
 
@@ -500,3 +501,18 @@ def test_loaded_dora_on_another_kind_of_layer_is_refused_by_name() -> None:
         plain = get_peft_model(model, LoraConfig(r=2, use_dora=True, target_modules=["0", "1"]))
     with pytest.raises(ConfigError, match=r"1 cannot have the exact DoRA forward: it has groups=2.*Take it out"):
         use_exact_dora(plain)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BiDoRAConfig(lora_alfa=8), "BiDoRAConfig 'lora_alfa': did you mean 'lora_alpha'"),  # type: ignore[call-arg]
+        (
+            lambda: BiDoRATrainingArguments("out", serach_steps=3),  # type: ignore[call-arg]
+            "BiDoRATrainingArguments 'serach_steps': did you mean 'search_steps'",
+        ),
+    ],
+)
+def test_a_misspelt_argument_is_named_with_those_that_exist(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"unknown argument of {message}.*Choices: "):
+        make()
