@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]
 import os
 import signal
 import sys
@@ -26,10 +25,11 @@ CATCHABLE = tuple(sorted(number.name for number in _NAMED if number.name not in 
 # All: which ones stop a run is configuration, and programs raise from handlers of others.
 _SHIELDED = tuple(int(signal.Signals[name]) for name in CATCHABLE)
 
-# What the functions of ``signal`` wrap. Those make enumerations of what these return, numbers where a handler is not
-# Python's: to look at all signals takes them 20 µs before Python 3.12, and these one.
-_get_handler: Callable[[int], Any] = _signal.getsignal
-_set_handler: Callable[[int, Any], Any] = _signal.signal
+# What the functions of ``signal`` wrap, where there is such a module. Those make enumerations of what these return,
+# numbers where a handler is not Python's: to look at all signals takes them 20 µs before Python 3.12, and these one.
+_bare: Any = getattr(signal, "_signal", signal)
+_get_handler: Callable[[int], Any] = _bare.getsignal
+_set_handler: Callable[[int, Any], Any] = _bare.signal
 
 
 class _Handlers:

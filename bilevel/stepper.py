@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from bilevel.errors import ConfigError, ParameterError, unknown_name
 
 __all__ = ["EVALUATE", "Scheduler", "Stepper", "check_optimizer", "make_scheduler"]
+
+# Not public. In a torch that lacks one of these, steps are made as torch wraps them.
+_profiles: Callable[[], bool] | None = getattr(torch.autograd, "_profiler_enabled", None)
+_hooks_of_all: list[Mapping[int, Any] | None] = [
+    getattr(sys.modules[Optimizer.__module__], f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")
+]
 
 _trains = operator.attrgetter("requires_grad")
 
@@ -189,7 +194,7 @@ class Stepper:
         """Whether an update is that of an optimiser of torch's own, without hooks."""
         made: Any = self.optimizer
         hooks = made._optimizer_step_pre_hooks or made._optimizer_step_post_hooks
-        return self._of_torch and not (hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        return self._of_torch and not hooks and not any(_hooks_of_all)
 
     def _goes_bare(self) -> bool:
         """Whether nobody sees if a step is made without what torch wraps around it.
@@ -200,11 +205,13 @@ class Stepper:
         """
         made: Any = self.optimizer
         return (
-            self.plain
+            _profiles is not None
+            and None not in _hooks_of_all
+            and self.plain
             and "step" not in vars(made)
             and type(made).step is self._wrapped
             and not made.defaults.get("differentiable", False)
-            and not _profiler_enabled()
+            and not _profiles()
         )
 
     def _changes_gradients(self) -> bool:

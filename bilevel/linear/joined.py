@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from bilevel.linear.base import Operator, Preconditioner, Solution
 from bilevel.vector import Tensors
@@ -18,6 +17,20 @@ __all__ = ["Joined"]
 LARGEST = 2**18
 """Entries up to which vectors are joined: those of larger ones keep an operation busy for longer than it takes to call
 it, and a copy of every product would be felt."""
+
+
+def _joined(parts: Tensors) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _parted(joined: Tensor, like: Tensors) -> Tensors:
+    pieces = torch.split(joined, [part.numel() for part in like])
+    return tuple([piece.view(part.shape) for piece, part in zip(pieces, like, strict=True)])
+
+
+# The same in one call each. Not public.
+_flatten: Callable[[Tensors], Tensor] = getattr(torch._utils, "_flatten_dense_tensors", _joined)
+_unflatten: Callable[[Tensor, Tensors], Sequence[Tensor]] = getattr(torch._utils, "_unflatten_dense_tensors", _parted)
 
 
 class Joined:
@@ -51,13 +64,13 @@ class Joined:
 
     def join(self, parts: Tensors) -> Tensors:
         """Returns a vector as a tuple of one tensor."""
-        return (_flatten_dense_tensors(parts),)  # type: ignore[no-untyped-call]
+        return (_flatten(parts),)
 
     def split(self, vector: Tensors) -> Tensors:
         """Returns a joined vector in its parts, which are views of it."""
         if self._known is not None and vector is self._known[0]:
             return self._known[1]
-        return tuple(_unflatten_dense_tensors(vector[0], self._like))  # type: ignore[no-untyped-call]
+        return tuple(_unflatten(vector[0], self._like))
 
     def solved(
         self,

@@ -84,3 +84,23 @@ def test_an_operation_without_a_derivative_is_named() -> None:
     grads = derivatives(value, (query,), create_graph=True)
     with pytest.raises(LossError, match="the loss of problem 'x' cannot be differentiated twice"):
         pulled_through(grads, (torch.ones_like(query),), (query,), "problem 'x'", retain_graph=False)  # type: ignore[arg-type]
+
+
+def test_a_torch_without_the_engine_s_name_returns_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = variables()
+    direct, grad = derivatives(loss(w), w), torch.autograd.grad
+    calls: list[int] = []
+
+    def public(*arguments: Any, **how: Any) -> Any:
+        calls.append(1)
+        with monkeypatch.context() as whole:  # which torch's own function goes to
+            whole.setattr(torch.autograd, "_engine_run_backward", engine, raising=False)
+            return grad(*arguments, **how)
+
+    engine = torch.autograd._engine_run_backward
+    monkeypatch.delattr(torch.autograd, "_engine_run_backward")
+    monkeypatch.setattr(torch.autograd, "grad", public)
+    found = derivatives(loss(w), w)
+    assert calls == [1]
+    assert found[2] is None
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], direct[:2], strict=True))  # type: ignore[arg-type]

@@ -367,3 +367,17 @@ def test_ctrl_c_reaches_no_worker_and_the_step_is_finished(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["3 interrupted by SIGINT", "5"]
+
+
+def test_a_python_without_the_module_below_signal_shields_alike(monkeypatch):
+    monkeypatch.setattr("bilevel.interrupt._get_handler", signal.getsignal)
+    monkeypatch.setattr("bilevel.interrupt._set_handler", signal.signal)
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    with pytest.raises(KeyboardInterrupt), Shield():
+        signal.raise_signal(signal.SIGINT)
+        done = True
+    assert done
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.received == "SIGTERM"
+    assert {number: signal.getsignal(number) for number in HANDLED} == before

@@ -86,6 +86,20 @@ def test_a_solver_sees_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_a_torch_that_lacks_the_calls_joins_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    v = vector(1)
+    how = Joined.of(v)
+    assert how is not None
+    (at_once,), parts = how.join(v), how.split(how.join(v))
+    monkeypatch.setattr(module, "_flatten", module._joined)
+    monkeypatch.setattr(module, "_unflatten", module._parted)
+    (apart,) = how.join(v)
+    assert torch.equal(at_once, apart)
+    for a, b, c in zip(parts, how.split((apart,)), v, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
 def test_vectors_that_are_better_left_apart_are() -> None:
     v = vector(1)
     assert Joined.of(v) is not None

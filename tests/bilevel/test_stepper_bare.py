@@ -157,5 +157,17 @@ def test_a_profiler_finds_the_label() -> None:
     assert "Optimizer.step#SGD.step" in {event.name for event in found.events()}
 
 
+@pytest.mark.parametrize("missing", [("_profiles", None), ("_hooks_of_all", [None, {}]), ("_hooks_of_all", [{}, None])])
+def test_a_torch_that_lacks_a_name_makes_the_same_step(missing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare, wrapped = parameters(), parameters()
+    updated(stepper_of(OPTIMIZERS["adam"], bare), bare)
+    monkeypatch.setattr(f"bilevel.stepper.{missing[0]}", missing[1])
+    stepper = stepper_of(OPTIMIZERS["adam"], wrapped)
+    assert stepper.plain
+    assert not stepper._goes_bare()
+    updated(stepper, wrapped)
+    assert all(torch.equal(a, b) for a, b in zip(bare, wrapped, strict=True))
+
+
 def test_a_differentiable_optimizer_is_left_as_it_is() -> None:
     assert not stepper_of(OPTIMIZERS["differentiable"], parameters())._goes_bare()
