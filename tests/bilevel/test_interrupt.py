@@ -373,10 +373,16 @@ def test_a_python_without_the_module_below_signal_shields_alike(monkeypatch):
     monkeypatch.setattr("bilevel.interrupt._get_handler", signal.getsignal)
     monkeypatch.setattr("bilevel.interrupt._set_handler", signal.signal)
     before = {number: signal.getsignal(number) for number in HANDLED}
-    with pytest.raises(KeyboardInterrupt), Shield():
-        signal.raise_signal(signal.SIGINT)
-        done = True
-    assert done
+    done = []
+
+    def shielded():
+        with Shield():
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        shielded()
+    assert done == [True]
     with StopSignals() as stop:
         signal.raise_signal(signal.SIGTERM)
     assert stop.received == "SIGTERM"
