@@ -141,7 +141,7 @@ def _status(norms: list[Tensor], sizes: list[Tensor], curvatures: list[Tensor], 
     relative = [max(length, 1e-150) for length in lengths[:-1]]
     if relative:
         largest = max(size / length for size, length in zip(rest, relative, strict=False))
-        lowest = min(curved / length**2 for curved, length in zip(rest[count - 1 :], relative, strict=True))
+        lowest = min(curved / length / length for curved, length in zip(rest[count - 1 :], relative, strict=True))
         if lowest < -10 * epsilon * largest:
             return Status.NEGATIVE_CURVATURE
     grows = count > 1 and lengths[-1] > lengths[-2] * (1 + 1e-6) and lengths[-1] > 100 * epsilon * lengths[0]

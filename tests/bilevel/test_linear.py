@@ -224,6 +224,14 @@ def test_neumann_from_a_start_and_with_a_preconditioner(
         assert solution.status is Status.STOPPED_AT_CAP
 
 
+def test_neumann_sums_that_grow_until_squares_leave_the_range_diverge() -> None:
+    v = (torch.ones((), dtype=DOUBLE),)  # of a single number the norm is known up to the largest one
+    assert neumann(lambda q: (1e4 * q[0],), v, terms=60, step_size=1.0).status is Status.DIVERGED
+    for factor, status in ((0.5, Status.STOPPED_AT_CAP), (-0.5, Status.NEGATIVE_CURVATURE)):
+        large = (1e200 * v[0],)
+        assert neumann(lambda q, factor=factor: (factor * q[0],), large, terms=3, step_size=1.0).status is status
+
+
 def test_neumann_status_with_a_preconditioner() -> None:
     # In the P-norm the summands of a convergent series shrink, while their Euclidean norms may grow: here by a fifth.
     H, P = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=DOUBLE), torch.diag(torch.tensor([1.0, 10.0], dtype=DOUBLE))
