@@ -84,7 +84,7 @@ class Stepper:
         self._max_grad_norm = max_grad_norm
         self._of_torch = type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
         self._wrapped = type(optimizer).step
-        self._written: Callable[[Optimizer], Any] = inspect.unwrap(self._wrapped)
+        self._written = _as_written(self._wrapped)
         self.optimizer = optimizer
         self.scheduler = None if scheduler is None else make_scheduler(name, scheduler, optimizer)
         self.metric = _metric(name, self.scheduler, scheduler_metric)
@@ -133,7 +133,7 @@ class Stepper:
         with self.holding(self.own(gradients)):
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-            if self._goes_bare():
+            if self._written is not None and self._goes_bare():
                 with torch.no_grad():
                     self._written(self.optimizer)
             else:
@@ -201,12 +201,13 @@ class Stepper:
 
         That is a label for profilers, the calls of hooks, marks for compilers and the mode of gradients: for the step
         of SGD on a small model five times its own work. What anybody else has put around it stays, as schedulers do on
-        the object.
+        the object and tracers on the class.
         """
         made: Any = self.optimizer
         return (
             _profiles is not None
             and None not in _hooks_of_all
+            and self._written is not None
             and self.plain
             and "step" not in vars(made)
             and type(made).step is self._wrapped
@@ -295,6 +296,15 @@ def _metric(name: str, scheduler: Scheduler | None, metric: str | None) -> str |
             f"{metric!r}"
         )
     return metric
+
+
+def _as_written(step: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Returns a step without what torch wraps around it; None where somebody else has wrapped it, too."""
+    while hasattr(step, "__wrapped__"):
+        if not getattr(step, "__globals__", {}).get("__name__", "").startswith("torch."):
+            return None
+        step = step.__wrapped__
+    return step
 
 
 def _required_arguments(function: Callable[..., Any]) -> list[str]:

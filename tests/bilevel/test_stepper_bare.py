@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,6 +121,25 @@ def test_a_step_that_somebody_wrapped_for_the_class_is_called(monkeypatch: pytes
     step = torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (seen.append("class"), step(self))[1])
     updated(stepper, params)
+    assert seen == ["class"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_step_that_was_wrapped_for_the_class_before_the_problem_was_made_is_called(
+    inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    step = torch.optim.SGD.step
+
+    @functools.wraps(step)
+    def traced(self: Any, closure: Any = None) -> Any:
+        seen.append("class")
+        return step(self, closure)
+
+    made: Any = torch.optim.Optimizer.profile_hook_step(traced) if inside else traced
+    monkeypatch.setattr(torch.optim.SGD, "step", made)
+    params = parameters()
+    updated(stepper_of(OPTIMIZERS["sgd"], params), params)
     assert seen == ["class"]
 
 
