@@ -118,6 +118,22 @@ def test_a_device_without_autocast() -> None:
     assert stacked_outputs(network, {}, torch.empty(TASKS, 4, 3, device="meta")).shape == (TASKS, 4, 2)
 
 
+@pytest.mark.usefixtures("no_vmap")
+@pytest.mark.parametrize("own", range(4))
+def test_all_inputs_of_a_task_flattened_together(own: int) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(0), nn.Linear(12, 2), nn.Tanh()).double()
+    values = values_of(network, lambda name: bool(own & (1 if name.endswith("weight") else 2)))
+    assert_each_tasks(network, values, torch.randn(TASKS, 4, 3, dtype=DOUBLE))
+
+
+@pytest.mark.usefixtures("no_vmap")
+def test_rows_of_no_inputs() -> None:
+    network = nn.Sequential(nn.Linear(3, 2))
+    found = stacked_outputs(network, values_of(network, lambda name: True), torch.empty(TASKS, 0, 5, 3))
+    assert found.shape == (TASKS, 0, 5, 2)
+
+
 # What is not
 
 
@@ -146,6 +162,14 @@ def replaced() -> nn.Sequential:
     return made
 
 
+def with_a_plain_tensor() -> nn.Sequential:
+    layer: Any = nn.Linear(3, 3, dtype=DOUBLE)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+    return nn.Sequential(layer)
+
+
 UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "subclass": lambda: nn.Sequential(Doubled(3, 3)),
     "tied": tied,
@@ -153,6 +177,7 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "hook of the sequence": lambda: hooked(None),
     "another forward": replaced,
     "parametrised": lambda: nn.Sequential(register_parametrization(nn.Linear(3, 3), "weight", nn.Tanh())),
+    "a plain tensor": with_a_plain_tensor,
     "another layer": lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),
     "not a sequence": lambda: Doubled(3, 3),
 }
@@ -201,6 +226,13 @@ def test_inputs_that_are_numbers_and_autocast_go_through_vmap(counted: list[int]
 
 
 # Losses
+
+
+def test_classes_in_32_bits_are_those_in_64(counted: list[int]) -> None:
+    outputs, targets = torch.randn(TASKS, 4, 5), torch.randint(5, (TASKS, 4))
+    expected = stacked_losses(F.cross_entropy, outputs, targets)
+    assert not counted
+    torch.testing.assert_close(stacked_losses(F.cross_entropy, outputs, targets.int()), expected)
 
 
 def losses(criterion: Callable[..., Tensor], outputs: Tensor, targets: Tensor, vectorized: bool) -> list[Tensor]:

@@ -38,6 +38,7 @@ _BY_ELEMENT = frozenset(
         nn.Tanh,
     }
 )
+_CLASSES = torch.int64, torch.uint8
 _IGNORED = -100
 """The class that the cross-entropy leaves out by default."""
 
@@ -79,7 +80,9 @@ def _is_known(layer: nn.Module) -> bool:
         return False
     if type(layer) is nn.Dropout:
         return layer.p == 0.0 or not layer.training
-    return type(layer) in _BY_ELEMENT or type(layer) in (nn.Linear, nn.Flatten)
+    if type(layer) is nn.Linear:
+        return {"weight", "bias"} <= layer._parameters.keys()  # else somebody has put plain tensors in their places
+    return type(layer) in _BY_ELEMENT or type(layer) is nn.Flatten
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -116,16 +119,18 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None or bias.dim() == 1:
             return F.linear(x, weight, bias)
         return F.linear(x, weight) + bias.view(len(bias), *[1] * (x.dim() - 2), -1)
-    rows, turned = x if x.dim() == 3 else x.flatten(1, -2), weight.transpose(1, 2)
+    # One vector of a task, where all of its inputs were flattened together; else rows of any shape.
+    rows, turned = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2), weight.transpose(1, 2)
     found = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
-    return found if x.dim() == 3 else found.view(*x.shape[:-1], -1)
+    return found if x.dim() == 3 else found.view(*x.shape[:-1], weight.shape[1])
 
 
 def direct_losses(criterion: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> Tensor | None:
     """Returns ``criterion(outputs[i], targets[i])`` for every task, ``(M,)``; None for a criterion not known here."""
     if criterion is F.mse_loss and outputs.dim() > 1 and outputs.shape == targets.shape:
         return F.mse_loss(outputs, targets, reduction="none").flatten(1).mean(1)
-    classes = outputs.dim() == 3 and outputs.shape[:2] == targets.shape
+    # Numbers of classes of other types are taken by the form of the operation that vmap calls, and by no other.
+    classes = outputs.dim() == 3 and outputs.shape[:2] == targets.shape and targets.dtype in _CLASSES
     if criterion is F.cross_entropy and classes:
         found = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return found.sum(1) / (targets != _IGNORED).sum(1)
