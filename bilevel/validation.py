@@ -47,7 +47,8 @@ def _arguments(cls: type) -> list[str] | None:
     for owner in cls.__mro__:
         if "__init__" not in owner.__dict__:
             continue
-        _, *parameters = inspect.signature(owner.__dict__["__init__"]).parameters.values()
+        # What a decorator takes itself, an argument's former name say, is not among those of what it wraps.
+        _, *parameters = inspect.signature(owner.__dict__["__init__"], follow_wrapped=False).parameters.values()
         rest = [each.name for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD]
         found += [each.name for each in parameters if each.name not in rest]
         if not rest:

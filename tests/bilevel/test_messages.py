@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import io
 import subprocess
 import sys
@@ -113,6 +114,22 @@ def test_arguments_that_are_passed_on_are_asked_further_up() -> None:
     assert Passing(nn.Linear(1, 1), optimizer=sgd, extra=1, popped=2).extra == 3
     with pytest.raises(TypeError, match="optimiser"):
         Passing(nn.Linear(1, 1), optimiser=sgd)
+
+
+def test_what_a_decorator_of_the_constructor_takes_is_let_through() -> None:
+    def renamed(init: Any) -> Any:
+        @functools.wraps(init)
+        def wrapper(self: Any, *arguments: Any, former: int | None = None, **named: Any) -> None:
+            init(self, *arguments, **(named if former is None else {**named, "extra": former}))
+
+        return wrapper
+
+    class Decorated(NamedArguments):
+        @renamed
+        def __init__(self, *, extra: int = 0) -> None:
+            self.extra = extra
+
+    assert Decorated(former=3).extra == 3  # type: ignore[call-arg]
 
 
 def test_a_class_without_a_constructor_still_takes_no_arguments() -> None:
