@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bilevel.vector import Tensors
 
-__all__ = ["BufferValues", "ParameterSlots", "buffers_apart", "buffers_protected"]
+__all__ = ["BufferValues", "ParameterSlots", "buffers_apart", "buffers_protected", "called_at"]
 
 
 @dataclass(frozen=True)
@@ -192,3 +193,27 @@ def _is_expanded(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and any(
         stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
+
+
+def called_at(
+    module: nn.Module, values: Mapping[str, Tensor], arguments: tuple[Any, ...], named: Mapping[str, Any] | None = None
+) -> Any:
+    """Calls a module with other tensors in the places of its parameters and buffers, by ``functional_call``.
+
+    Where one module is held in two places, that swaps twice, and puts back first what it found last: the values would
+    stay (torch 2.13).
+
+    Args:
+        module: The module; it holds afterwards what it held before.
+        values: By the names of its parameters and buffers.
+        arguments: What it is called with.
+        named: Likewise, by keyword.
+    """
+    tables: list[dict[str, Any]] = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        return functional_call(module, dict(values), arguments, dict(named or {}))
+    finally:
+        given = set(map(id, values.values()))
+        for table, held in zip(tables, before, strict=True):
+            table.update({name: held[name] for name, tensor in table.items() if name in held and id(tensor) in given})

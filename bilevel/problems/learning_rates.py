@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from bilevel.errors import ConfigError, GraphError
@@ -18,6 +17,7 @@ from bilevel.problems.base import ParameterSelection, select_parameters
 from bilevel.problems.hyperparameters import PerParameter, Tuned
 from bilevel.problems.hyperparameters.per_parameter import parameter_key
 from bilevel.problems.supervised import Criterion
+from bilevel.slots import called_at
 
 __all__ = ["LearningRate", "Paced"]
 
@@ -178,7 +178,7 @@ class Paced(Tuned):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with w as it is at this evaluation."""
-        return functional_call(self.displaced.model, self.named_weights(), args, kwargs)
+        return called_at(self.displaced.model, self.named_weights(), args, kwargs)
 
     def restart(self) -> None:
         """Lets the base take w, before a round of updates; the displacements and the optimiser start anew."""
@@ -251,7 +251,7 @@ class _Displaced(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the weights that the updates have led to."""
-        return functional_call(self.model, self.held(), args, kwargs)
+        return called_at(self.model, self.held(), args, kwargs)
 
 
 def _refused_or_root(optimizer: Optimizer) -> bool:

@@ -129,6 +129,24 @@ METHODS: Mapping[str, tuple[Any, float]] = {
 }
 
 
+def test_a_layer_that_the_network_holds_twice_is_adapted_in_both_places() -> None:
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        return nn.Sequential(nn.Linear(5, 4), layer, nn.Tanh(), layer, nn.Linear(4, WAYS)).to(DOUBLE)
+
+    class Once(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            first, layer, last = self
+            out: Tensor = last(layer(layer(first(x)).tanh()))
+            return out
+
+    expected, _ = after(2, made=Once(*[made()[place] for place in (0, 1, 4)]))
+    hows: list[dict[str, Any]] = [{}, {"chunk_size": 2}, {"chunk_size": 1}, {"vectorized": False}]
+    for how in hows:
+        assert close(after(2, made=made(), **how)[0], expected)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_chunks_give_the_gradients_of_all_tasks_together(name: str) -> None:
     method, tolerance = METHODS[name]

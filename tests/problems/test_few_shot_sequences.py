@@ -183,6 +183,15 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_a_network_that_holds_a_layer_twice_keeps_its_parameters(vectorized: bool) -> None:
+    network = tied()
+    held = [*network[0]._parameters.values()]
+    values = values_of(network, lambda name: True)
+    stacked_outputs(network, values, torch.randn(TASKS, 4, 3), vectorized=vectorized)
+    assert all(a is b for a, b in zip(network[0]._parameters.values(), held, strict=True))
+
+
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_whatever_is_not_known_goes_through_vmap(name: str, counted: list[int]) -> None:
     torch.manual_seed(0)

@@ -270,6 +270,17 @@ def test_tied_weights_stay_tied() -> None:
     torch.testing.assert_close(model(data(3, 2)[0][0]), inner.module(data(3, 2)[0][0]))
 
 
+def test_a_layer_that_the_model_holds_twice_is_what_it_was_after_a_call() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 5)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(5, 3)).double()
+    outer, inner = problems(model, sgd(RATE))
+    Engine([outer, inner], QUIET).run(2)
+    held, x = [*layer._buffers.values()], data(3, 2)[0][0]
+    torch.testing.assert_close(inner.module(x), model(x))
+    assert all(a is b for a, b in zip(layer._buffers.values(), held, strict=True))
+
+
 def test_buffers_of_the_model_are_left_to_it() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()

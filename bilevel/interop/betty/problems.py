@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -18,6 +17,7 @@ from bilevel.interop.betty.configs import Config
 from bilevel.interop.betty.data import converted
 from bilevel.interop.betty.dependencies import Declared
 from bilevel.interop.betty.log import line
+from bilevel.slots import called_at
 from bilevel.stepper import Scheduler
 from bilevel.validation import check_integer
 
@@ -516,7 +516,7 @@ class IterativeProblem(Problem):
         names = [name for name, _ in self._module().named_parameters()]
         more = [name for name, _ in self._module().named_buffers()]
         values = dict(zip([*names, *more], [*params, *buffers], strict=True))
-        return functional_call(self._module(), values, args, kwargs)
+        return called_at(self._module(), values, args, kwargs)
 
     @property
     def params(self) -> tuple[Tensor, ...]:

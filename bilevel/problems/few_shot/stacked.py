@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from bilevel.errors import DataError
 from bilevel.problems.few_shot.batching import BatchedLayers, has_batched_layers
 from bilevel.problems.few_shot.sequences import direct_losses, layers_of, outputs_of
+from bilevel.slots import called_at
 
 __all__ = ["Displacements", "Mirror", "RatedNetwork", "accuracies", "stacked_losses", "stacked_outputs"]
 
@@ -103,7 +104,7 @@ def stacked_outputs(
         return torch.cat([outputs_of(layers, each, inputs[part]) for each, part in zip(own, parts, strict=True)])
 
     def outputs(own: Mapping[str, Tensor], given: Tensor) -> Tensor:
-        found: Tensor = functional_call(network, {**shared, **own}, (given,))
+        found: Tensor = called_at(network, {**shared, **own}, (given,))
         return found
 
     if vectorized and has_batched_layers(network, inputs.device):
