@@ -18,7 +18,7 @@ from bilevel.hypergrad.unrolled_forward import forward_response
 from bilevel.optim import Pulled, pulled_linear
 from bilevel.result import SolveInfo, Status
 from bilevel.validation import check_choice, check_integer
-from bilevel.vector import Tensors, axpy, is_finite, promote, zeros_like
+from bilevel.vector import Tensors, axpy, is_finite, promote, scale, zeros_like
 
 __all__ = ["Unrolled"]
 
@@ -184,6 +184,8 @@ def _pull_update(step: InnerStep, grads: Tensors, inner_bar: Tensors, memory_bar
     """Returns the cotangents of parameters (in float32 or better), gradient and memory that the update took."""
     linear = pulled_linear(step.update, inner_bar, memory_bar)
     if linear is not None:
+        if torch.float16 in [grad.dtype for grad in grads]:  # H w̄ may leave a range that η H w̄ is in
+            return linear._replace(grads=scale(linear.factor, linear.grads), factor=1.0)
         return linear
     inner, memory = leaves(step.inner), leaves(step.memory)
     # Gradients with graphs are this rank's own; the update was taken at their mean.

@@ -239,6 +239,30 @@ def test_autograd_runs_once_a_pass(memory: str, optimizer: str, more: int, monke
     assert runs == backward + more
 
 
+@pytest.mark.parametrize("memory", ["graph", "replay"])
+def test_products_of_float16_stay_in_its_range(memory: str) -> None:
+    # Of w̄ = 100 and H = 1000 the product is above 65504, the largest number; with the rate it is 50.
+    class Upper(Problem):
+        def loss(self, batch: Any) -> Tensor:
+            return 100 * self.inner.module.weight.float().sum()
+
+    class Lower(Problem):
+        def loss(self, batch: Any) -> Tensor:
+            return 500 * (self.module.weight - self.outer.module.weight).square().sum()
+
+    def weights(dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(0)
+        upper, lower = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False).to(dtype)
+        data, make_sgd = [0], lambda params: torch.optim.SGD(params, lr=5e-4)
+        outer = Upper(upper, optimizer=make_sgd, data=data, name="outer")
+        method = Unrolled(memory=memory)
+        inner = Lower(lower, optimizer=make_sgd, data=data, steps=3, hypergradient=method, name="inner")
+        Engine([outer, inner], QUIET).step()
+        return upper.weight.detach()
+
+    torch.testing.assert_close(weights(torch.float16), weights(torch.float32), rtol=1e-3, atol=1e-4)
+
+
 def test_asking_for_the_hypergradient_after_a_step_replays() -> None:
     # The graphs speak of the outer parameters before their update; they are gone, not used in silence.
     found = []
