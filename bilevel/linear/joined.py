@@ -50,7 +50,9 @@ class Joined:
     @classmethod
     def of(cls, like: Tensors) -> Joined | None:
         """Returns how vectors like the given one are joined; None where they are one tensor, or better left apart."""
-        if len(like) < 2 or sum([part.numel() for part in like]) > LARGEST:
+        sizes = [part.numel() for part in like]
+        # Of an empty tensor, torch's call forgets the shape (it did up to some version before 2.13).
+        if len(like) < 2 or not all(sizes) or sum(sizes) > LARGEST:
             return None
         first = like[0]
         fit = [

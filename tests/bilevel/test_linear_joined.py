@@ -106,5 +106,6 @@ def test_vectors_that_are_better_left_apart_are() -> None:
     assert Joined.of(v[:1]) is None
     assert Joined.of((v[0], v[2].float())) is None
     assert Joined.of((v[0], v[2].to_sparse())) is None
+    assert Joined.of((v[0], v[2].new_empty(0, 4))) is None
     assert Joined.of((v[0], torch.nn.Parameter(v[2]))) is None
     assert Joined.of((v[0], torch.zeros(module.LARGEST, dtype=torch.float64))) is None
