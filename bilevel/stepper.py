@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import sys
@@ -83,8 +84,6 @@ class Stepper:
         self._parameters = tuple(owned.values())
         self._max_grad_norm = max_grad_norm
         self._of_torch = type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
-        self._wrapped = type(optimizer).step
-        self._written = _as_written(self._wrapped)
         self.optimizer = optimizer
         self.scheduler = None if scheduler is None else make_scheduler(name, scheduler, optimizer)
         self.metric = _metric(name, self.scheduler, scheduler_metric)
@@ -133,11 +132,12 @@ class Stepper:
         with self.holding(self.own(gradients)):
             if self._max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-            if self._written is not None and self._goes_bare():
-                with torch.no_grad():
-                    self._written(self.optimizer)
-            else:
+            written = _as_written(type(self.optimizer).step) if self._goes_bare() else None
+            if written is None:
                 self.optimizer.step()
+            else:
+                with torch.no_grad():
+                    written(self.optimizer)
         self.advance_scheduler(values)
 
     def holding(self, gradients: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -207,10 +207,9 @@ class Stepper:
         return (
             _profiles is not None
             and None not in _hooks_of_all
-            and self._written is not None
             and self.plain
             and "step" not in vars(made)
-            and type(made).step is self._wrapped
+            and _as_written(type(made).step) is not None
             and not made.defaults.get("differentiable", False)
             and not _profiles()
         )
@@ -298,6 +297,7 @@ def _metric(name: str, scheduler: Scheduler | None, metric: str | None) -> str |
     return metric
 
 
+@functools.lru_cache
 def _as_written(step: Callable[..., Any]) -> Callable[..., Any] | None:
     """Returns a step without what torch wraps around it; None where somebody else has wrapped it, too."""
     while hasattr(step, "__wrapped__"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -141,6 +142,18 @@ def test_a_step_that_was_wrapped_for_the_class_before_the_problem_was_made_is_ca
     params = parameters()
     updated(stepper_of(OPTIMIZERS["sgd"], params), params)
     assert seen == ["class"]
+
+
+def test_a_stepper_can_be_pickled() -> None:
+    params = parameters()
+    ours = stepper_of(OPTIMIZERS["adam"], params)
+    updated(ours, params)
+    theirs = pickle.loads(pickle.dumps(ours))  # noqa: S301
+    held = theirs.optimizer.param_groups[0]["params"]
+    for stepper, owned in ((ours, params), (theirs, held)):
+        assert stepper._goes_bare()
+        updated(stepper, owned)
+    assert all(torch.equal(a, b) for a, b in zip(params, held, strict=True))
 
 
 def test_a_subclass_makes_its_own_step() -> None:
