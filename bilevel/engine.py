@@ -24,7 +24,7 @@ from bilevel.errors import (
 )
 from bilevel.faults import Activity, Work, explained
 from bilevel.feed import Feed
-from bilevel.functional import PassCount, require_finite
+from bilevel.functional import PassCount, refuse_inference_mode, require_finite
 from bilevel.hypergrad import Estimator, Exact, State, as_estimator
 from bilevel.interrupt import Shield, StopSignals
 from bilevel.levels import Dependencies
@@ -159,7 +159,9 @@ class Engine(NamedArguments):
         Raises:
             NonFiniteError: A loss or gradient is NaN or infinite (unless such steps are skipped).
             SolveError: A solve failed and ``on_solve_failure`` is ``"raise"``.
+            LossError: This is inside ``torch.inference_mode()``, where torch records nothing.
         """
+        refuse_inference_mode()
         started, before = time.perf_counter(), self.passes.copy()
         feed = Feed(self.streams, batches)
         plan = self._planner.plan(feed)

@@ -39,6 +39,7 @@ __all__ = [
     "leaves",
     "loss_and_outputs",
     "pulled_through",
+    "refuse_inference_mode",
     "require_finite",
     "scalar_loss",
     "transform_errors",
@@ -135,8 +136,26 @@ class Objective(ABC):
 
 
 def gradients_on() -> AbstractContextManager[object]:
-    """Returns ``torch.enable_grad()``, where that changes anything: it takes longer than to see."""
+    """Returns ``torch.enable_grad()``, where that changes anything: it takes longer than to see.
+
+    Raises:
+        LossError: Inside ``torch.inference_mode()``, where that changes nothing: all gradients would be zero.
+    """
+    refuse_inference_mode()
     return _NOTHING if torch.is_grad_enabled() else torch.enable_grad()
+
+
+def refuse_inference_mode() -> None:
+    """Raises where torch records nothing.
+
+    Raises:
+        LossError: This is inside ``torch.inference_mode()``.
+    """
+    if torch.is_inference_mode_enabled():
+        raise LossError(
+            "a loss cannot be differentiated inside torch.inference_mode(), where torch records nothing: leave it, or "
+            "put torch.inference_mode(False) around this call"
+        )
 
 
 @contextmanager

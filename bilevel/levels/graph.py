@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilevel.double_backward import refuse_obstacles, second_derivative_errors
 from bilevel.errors import BilevelError, GraphError, LossError, ParameterError, warn
-from bilevel.functional import leaves
+from bilevel.functional import gradients_on, leaves
 from bilevel.problems.base import Problem
 from bilevel.randomness import generator_devices, preserved
 from bilevel.slots import ParameterSlots
@@ -196,7 +196,7 @@ def examine(problem: Problem, problems: Sequence[Problem], slots: ParameterSlots
     with _generators_kept(p for other in problems for p in other.parameters), _noted(problem.name):
         reading, value = _read_at_copies(problem, problems, slots, batch)
     kept = _generators_kept(p for other in problems for p in other.parameters)
-    with kept, slots.buffers_protected(), torch.enable_grad():
+    with kept, slots.buffers_protected(), gradients_on():
         here = problem.evaluate_loss(batch)[0].detach()
     tolerance = min(1e3 * torch.finfo(here.dtype).eps, 0.05)
     if not torch.allclose(here, value.to(here.dtype), rtol=tolerance, atol=tolerance**2, equal_nan=True):
@@ -241,7 +241,7 @@ def _read_at_copies(
     owner = [other.name for other in problems for _ in other.parameters]
     copies = leaves(live)
     label, error = f"problem {problem.name!r}", None
-    with slots.buffers_protected(), slots.swapped(live, copies), torch.enable_grad(), second_derivative_errors(label):
+    with slots.buffers_protected(), slots.swapped(live, copies), gradients_on(), second_derivative_errors(label):
         loss, _ = problem.evaluate_loss(batch)
         found: Sequence[Tensor | None] = [None] * (2 * len(live))
         if loss.requires_grad:

@@ -179,6 +179,20 @@ def test_an_error_in_the_first_evaluation_says_whose_loss_it_was() -> None:
     assert note in caught.value.__notes__
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_step_in_inference_mode_is_no_step_without_gradients(planned: bool) -> None:
+    engine = two()
+    if planned:
+        engine.step()
+    with torch.inference_mode(), pytest.raises(LossError, match=r"inside torch\.inference_mode\(\)"):
+        engine.step()
+    passes = engine.passes.backward
+    engine.step()  # nothing that was found there is kept
+    assert engine.passes.backward > passes
+    with torch.inference_mode(), torch.inference_mode(False):
+        engine.step()
+
+
 @pytest.mark.parametrize(
     ("info", "line"),
     [
