@@ -19,7 +19,7 @@ from bilevel.interrupt import Shield, StopSignals, signals_kept_from_children
 from tests.bilevel.test_engine import make
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
 
 class BoomError(Exception):
@@ -35,6 +35,9 @@ def handlers():
     """Python's defaults before, and the handlers as they were after."""
     before = {number: signal.getsignal(number) for number in HANDLED}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:  # as in what a shell has put into the background
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
