@@ -59,9 +59,8 @@ def neumann(
 
     Returns:
         The solution. Its status is ``STOPPED_AT_CAP``; ``CONVERGED`` where the start's residual is zero or the
-        tolerance was reached; ``DIVERGED``
-        where the norms of the summands grow, which for a symmetric H they never stop doing once they do;
-        ``NEGATIVE_CURVATURE`` where a summand p has pᵀHp < 0 beyond rounding.
+        tolerance was reached; ``DIVERGED`` where the norms of the summands grow, which for a symmetric H they never
+        stop doing once they do; ``NEGATIVE_CURVATURE`` where a summand p has pᵀHp < 0 beyond rounding.
     """
     joined = Joined.of(v) if compiled is None else None
     if joined is not None:

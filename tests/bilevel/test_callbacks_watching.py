@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from bilevel.callbacks import BestModel, EarlyStopping
 from bilevel.errors import BilevelWarning, ConfigError, UnknownNameError
 from tests.bilevel.test_callbacks import Inner, sgd
 from tests.bilevel.test_callbacks_logs import Saves
+from tests.ranks import free_port
 
 
 class Scripted(Problem):
@@ -368,9 +368,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_every_rank_decides_by_the_mean_over_ranks(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == [(5, 3.0, 2)] * 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bilevel import Engine, EngineConfig, Problem
+from tests.ranks import free_port
 
 METHODS = ["finite_difference", "identity", "neumann", "conjugate_gradient", "exact", "unrolled"]
 
@@ -61,9 +61,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for method in METHODS:

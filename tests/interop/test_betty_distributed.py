@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import re
-import socket
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bilevel
 from bilevel.errors import BilevelError, ConfigError
 from bilevel.interop.betty import Config, Engine, EngineConfig, ImplicitProblem, IterativeProblem
+from tests.ranks import free_port
 
 LOWER: dict[str, dict[str, Any]] = {
     "darts": {"type": "darts", "unroll_steps": 2},
@@ -227,9 +227,7 @@ Results = tuple[dict[str, Any], dict[str, Any]]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What the two processes found: they are started once."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(worker, args=(port, str(folder)), nprocs=2)
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     return first, second

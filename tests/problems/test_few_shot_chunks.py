@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +23,7 @@ from bilevel.problems.few_shot.batching import convolved
 from bilevel.problems.few_shot.budget import Need, choose, free_memory, measured_peak
 from bilevel.problems.few_shot.stacked import stacked_outputs
 from bilevel.result import StepResult
+from tests.ranks import free_port
 
 DOUBLE, MIB = torch.float64, 2**20
 PAGES = Path(__file__).parents[2] / "docs" / "tutorials"
@@ -504,13 +505,12 @@ def on_a_rank(rank: int, port: int, folder: str) -> None:
         dist.barrier()  # gloo's threads do not like a peer that has gone
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # what was found is saved, and gloo's threads can abort an interpreter that is coming to its end
 
 
 @pytest.mark.timeout(120)
 def test_ranks_agree_on_the_smallest_size_and_fail_together(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     multiprocessing.spawn(on_a_rank, args=(port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["size"] == second["size"] == 2
