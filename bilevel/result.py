@@ -69,7 +69,7 @@ class SolveInfo:
         status: How the computation ended.
         residual: ``‖Hq − v‖ / ‖v‖`` of the system that was solved (with its damping), computed from ``q`` itself and
             not from a recursion; NaN where nothing is solved (identity inverse, unrolling).
-        iterations: Iterations of the solver, or steps that were unrolled.
+        iterations: Iterations of the solver, and one for the product with a start, or steps that were unrolled.
         products: Second-order products taken (Hessian and mixed); for finite differences, the gradient passes.
         error_bound: An upper bound of ``‖hypergradient − true hypergradient‖`` (Euclidean norm, in the hypergradient's
             units), or None where none is known.
